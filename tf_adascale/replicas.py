@@ -1,0 +1,143 @@
+"""Replicas: counted, summed over and handed off to.
+
+The only module that knows `tf.distribute`. A training step runs once per
+replica, in *replica context*. Variables are updated where `hand_off` leads:
+cross-replica context under MirroredStrategy, replica context under strategies
+that have no `merge_call`. `update` works in both.
+"""
+
+import keras
+import tensorflow as tf
+
+
+def strategy():
+    """Returns the `tf.distribute.Strategy` in effect, the default if none is.
+
+    Example:
+
+    >>> strategy().num_replicas_in_sync
+    1
+    """
+    return tf.distribute.get_strategy()
+
+
+def in_replica_context():
+    """Returns whether the caller runs once per replica.
+
+    Example:
+
+    >>> in_replica_context()
+    True
+    """
+    return tf.distribute.get_replica_context() is not None
+
+
+def total(values):
+    """Returns the sums over the replicas, by one all-reduce of the whole list.
+
+    Args:
+        values: list of tensors or `tf.IndexedSlices`, of any types and shapes;
+            a replica's own. To be called in replica context.
+
+    Returns:
+        List like `values`, the same on every replica.
+
+    Example:
+
+    >>> [float(value) for value in total([tf.constant(2.0)])]
+    [2.0]
+    """
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return list(values)
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, list(values))
+
+
+def hand_off(function, strategy, *values):
+    """Calls `function(strategy, *values)` where variables may be updated.
+
+    A `tf.cond` around updates is allowed inside `function`, but not around the
+    call of `hand_off`.
+
+    Args:
+        function: callable; called once for all replicas, or once by each.
+        strategy: `tf.distribute.Strategy`.
+        *values: nested tensors, each replica's own; `function` gets them merged
+            and passes them on to `update`.
+
+    Returns:
+        What `function` returns.
+
+    Example:
+
+    >>> float(hand_off(lambda strategy, x: x + 1, strategy(), tf.constant(1.0)))
+    2.0
+    """
+    # tf.__internal__ is what Keras's own optimizers use (TF 2.18 to 2.21).
+    return tf.__internal__.distribute.interim.maybe_merge_call(
+        function, strategy, *values
+    )
+
+
+def update(strategy, variable, function, *values):
+    """Calls `function(variable, *values)` on every device's copy of a variable.
+
+    To be called inside the function given to `hand_off`.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        variable: `keras.Variable` or `tf.Variable`.
+        function: callable of a device's `tf.Variable` and a device's values.
+        *values: nested tensors as `hand_off` passed them, or variables.
+
+    Example:
+
+    >>> variable = tf.Variable(1.0)
+    >>> update(strategy(), variable, lambda v, x: v.assign_add(x), 2.0)
+    >>> float(variable)
+    3.0
+    """
+    strategy.extended.update(
+        _native(variable),
+        function,
+        args=tuple(_native(value) for value in values),
+        group=False,
+    )
+
+
+def local(strategy, value):
+    """Returns this process's first replica's part of a value.
+
+    Example:
+
+    >>> float(local(strategy(), tf.constant(2.0)))
+    2.0
+    """
+    return strategy.experimental_local_results(value)[0]
+
+
+def mean(strategy, value):
+    """Returns the mean over all replicas of a value, in cross-replica context.
+
+    Example:
+
+    >>> float(mean(strategy(), tf.constant(2.0)))
+    2.0
+    """
+    return strategy.reduce("MEAN", value, axis=None)
+
+
+def run(strategy, function, *values):
+    """Calls `function(*values)` once per replica; returns per-replica results.
+
+    Example:
+
+    >>> float(run(strategy(), lambda x: 2 * x, tf.constant(1.0)))
+    2.0
+    """
+    return strategy.run(function, args=values)
+
+
+def _native(value):
+    """Returns the `tf.Variable` of a `keras.Variable`, anything else as is."""
+    return value.value if isinstance(value, keras.Variable) else value

@@ -1,0 +1,517 @@
+"""An abstract Keras optimizer around another.
+
+The inner optimizer keeps its slots, its settings and its `update_step`; the
+wrapper decides which gradients and which learning rate reach it. The contract
+is that of Keras's own `LossScaleOptimizer`.
+
+The only module that knows what Keras optimizers do not document. Checked on
+Keras 3.10 to 3.15, these are
+
+    _learning_rate                   the rate as given: variable, schedule or
+                                     callable
+    _iterations                      the counter behind `iterations`
+    _untrack_variable                drops a variable from an optimizer's own
+    _variables                       an optimizer's own variables
+    _trainable_variables             the variables an optimizer was built on
+    _check_variables_are_known       raises for any other variable
+    _distribution_strategy           the strategy an optimizer was made under
+    _clip_gradients                  clipnorm, clipvalue and global_clipnorm
+    _apply_weight_decay              replaced here; see `Wrapper._update`
+    _use_weight_decay                whether a variable decays
+    _model_variables_moving_average  the slots of `use_ema`
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tf_adascale import ema
+from tf_adascale import replicas
+
+# Arguments of every Keras optimizer, which belong to the inner one.
+_BASE_ARGUMENTS = frozenset(
+    {
+        "learning_rate",
+        "weight_decay",
+        "clipnorm",
+        "clipvalue",
+        "global_clipnorm",
+        "use_ema",
+        "ema_momentum",
+        "ema_overwrite_frequency",
+        "loss_scale_factor",
+        "gradient_accumulation_steps",
+    }
+)
+
+
+class Step(NamedTuple):
+    """What one step does to the inner optimizer, each replica's copy of it.
+
+    Attributes:
+        gradients: list of tensors or `tf.IndexedSlices`, the mean gradients.
+        finite: scalar bool, the same on every replica. If false, the step is
+            skipped.
+        learning_rate: scalar.
+        base_steps: scalar, base steps that this step stands for in the average
+            of the weights.
+        assignments: list of `(variable, value)` to assign if the step is taken.
+    """
+
+    gradients: list[Any]
+    finite: tf.Tensor
+    learning_rate: tf.Tensor
+    base_steps: tf.Tensor
+    assignments: list[tuple[Any, tf.Tensor]]
+
+
+class Wrapper(keras.optimizers.Optimizer):
+    """Abstract: plans a step its own way, then lets another optimizer take it.
+
+    A subclass implements `plan` and `effective_learning_rate`.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, possibly a
+            `keras.optimizers.LossScaleOptimizer`. From now on it steps only
+            through this wrapper, which gives it its learning rate.
+        name: string.
+        **kwargs: refused; they belong to `optimizer`.
+
+    Attributes:
+        inner_optimizer: `optimizer`.
+        microbatches: int, gradient samples that each replica takes per step.
+            `tf_adascale.Model.compile` sets it.
+
+    Raises:
+        ValueError: if `optimizer` cannot be wrapped or `kwargs` are given.
+    """
+
+    def __init__(self, optimizer, *, name, **kwargs):
+        _check_arguments(type(self).__name__, optimizer, kwargs)
+        stepping = _unscaled(optimizer)
+        rate = stepping._learning_rate
+        if isinstance(rate, keras.Variable):
+            rate = float(rate.numpy())
+        super().__init__(learning_rate=rate, name=name)
+        self.inner_optimizer = optimizer
+        self.microbatches = 1
+        stepping.learning_rate = _Rate(lambda: self.effective_learning_rate)
+        # One counter for both: the inner one.
+        self._untrack_variable(self._iterations)
+        self._iterations = stepping._iterations
+        self._untrack_variable(self._iterations)
+        self._skipped_steps = self._add_scalar("skipped_steps", "int64")
+
+    # What a subclass says.
+
+    def plan(
+        self, variables, gradients, sample_sqnorm, loss_scale
+    ) -> Step:
+        """Returns what to do with one step's gradients, in replica context.
+
+        Args:
+            variables: list of the variables that have a gradient.
+            gradients: list of tensors or `tf.IndexedSlices`: the mean of this
+                replica's samples, divided by the number of replicas and
+                multiplied by the loss scale, as Keras's trainers have it.
+            sample_sqnorm: scalar or None, the sum of the squared norms of this
+                replica's samples, each divided and multiplied likewise.
+            loss_scale: scalar, to be divided out, or None for 1.
+        """
+        raise NotImplementedError
+
+    @property
+    def effective_learning_rate(self):
+        """Scalar: the rate of the last step's gain at the present progress."""
+        raise NotImplementedError
+
+    @property
+    def wants_sample_sqnorms(self):
+        """Whether `apply` needs `sample_sqnorm` where there are micro-batches."""
+        return False
+
+    # What users read.
+
+    @property
+    def skipped_steps(self):
+        """Scalar int64: steps left out for a gradient that was not finite."""
+        return tf.convert_to_tensor(self._skipped_steps)
+
+    @property
+    def learning_rate(self):
+        """The effective rate where it is a schedule, else the rate to be set.
+
+        A rate that may be set reads as it was set, at the base batch size: for
+        `keras.callbacks.ReduceLROnPlateau` and `LearningRateScheduler` set a
+        multiple of what they read, and would set the gain along with it.
+        """
+        if isinstance(self._learning_rate, keras.Variable):
+            return self._learning_rate
+        return self.effective_learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+
+    @property
+    def variables(self):
+        """List: this optimizer's own variables, then the inner one's."""
+        return self._variables + self.inner_optimizer.variables
+
+    # The Keras optimizer.
+
+    def build(self, variables):
+        """Creates the slots of this optimizer and of the inner one."""
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None, *, sample_sqnorm=None):
+        """Takes one step, in replica context.
+
+        Args:
+            grads: list of tensors, `tf.IndexedSlices` or None: this replica's
+                gradients divided by the number of replicas, as a loss that Keras
+                reduced gives them. None leaves its variable alone.
+            trainable_variables: list of variables; may be left out once the
+                optimizer is built.
+            sample_sqnorm: scalar; for a replica that took several samples, of
+                which `grads` is the mean, the sum of their squared norms.
+
+        Raises:
+            ValueError: if the gradients do not match the variables, the strategy
+                in effect is not the one this optimizer was made under, or the
+                call comes from cross-replica context.
+        """
+        self._check_context()
+        grads = list(grads)
+        variables = self._matched_variables(grads, trainable_variables)
+        if not self.built:
+            self.build(variables)
+        self._check_variables_are_known(variables)
+        present = [(g, v) for g, v in zip(grads, variables) if g is not None]
+        if not present:
+            raise ValueError(
+                "There is no gradient to apply. Expected a gradient for at "
+                "least one variable: does the loss depend on the weights? "
+                f"Received: grads={grads}"
+            )
+        gradients, variables = map(list, zip(*present))
+        step = self._finished_plan(variables, gradients, sample_sqnorm)
+        self._take(variables, step)
+
+    def _finished_plan(self, variables, gradients, sample_sqnorm):
+        """Returns `plan`'s step, with the inner optimizer's settings applied."""
+        loss_scale = self._loss_scale()
+        step = self.plan(variables, gradients, sample_sqnorm, loss_scale)
+        gradients = step.gradients
+        if loss_scale is not None:
+            gradients = [divided(g, loss_scale) for g in gradients]
+        stepping = _unscaled(self.inner_optimizer)
+        return step._replace(gradients=stepping._clip_gradients(gradients))
+
+    def _take(self, variables, step):
+        """Lets the inner optimizer step on every device, or skips on all."""
+        taken = step.assignments + self._loss_scale_assignments(taken=True)
+        skipped = self._loss_scale_assignments(taken=False)
+        skipped += [(self._skipped_steps, self._skipped_steps + 1)]
+        momentum = self._ema_momentum(step.base_steps)
+
+        def take(strategy, finite, gradients, rate, momentum, values):
+            def update():
+                _assign(strategy, taken, values[0])
+                for variable, gradient in zip(variables, gradients):
+                    self._update(strategy, variable, gradient, rate)
+                self._average(strategy, momentum)
+                for variable in variables:
+                    _constrain(strategy, variable)
+                _increment(strategy, self._iterations)
+                return True
+
+            def skip():
+                _assign(strategy, skipped, values[1])
+                return False
+
+            # A condition around a collective is refused by TensorFlow; here, all
+            # collectives are behind.
+            tf.cond(replicas.local(strategy, finite), update, skip)
+
+        replicas.hand_off(
+            take,
+            self._distribution_strategy,
+            step.finite,
+            step.gradients,
+            step.learning_rate,
+            momentum,
+            [[v for _, v in taken], [v for _, v in skipped]],
+        )
+
+    def _update(self, strategy, variable, gradient, rate):
+        stepping = _unscaled(self.inner_optimizer)
+
+        def update(variable, gradient, rate):
+            # Keras's _apply_weight_decay would leave the context of the update.
+            if stepping.weight_decay is not None and stepping._use_weight_decay(
+                variable
+            ):
+                decay = tf.cast(stepping.weight_decay, variable.dtype)
+                variable.assign_sub(
+                    variable * decay * tf.cast(rate, variable.dtype)
+                )
+            stepping.update_step(gradient, variable, rate)
+
+        replicas.update(strategy, variable, update, gradient, rate)
+
+    def _ema_momentum(self, base_steps):
+        stepping = _unscaled(self.inner_optimizer)
+        if not stepping.use_ema:
+            return None
+        momentum = ema.scaled_momentum(stepping.ema_momentum, base_steps)
+        started = tf.convert_to_tensor(self._iterations) > 0
+        return tf.where(started, momentum, 0.0)
+
+    def _average(self, strategy, momentum):
+        stepping = _unscaled(self.inner_optimizer)
+        if not stepping.use_ema:
+            return
+        period = stepping.ema_overwrite_frequency
+
+        def overwrite(variable, average):
+            due = (self._iterations.value + 1) % period == 0
+            variable.assign(tf.where(due, average, variable))
+
+        for variable, average in zip(
+            stepping._trainable_variables,
+            stepping._model_variables_moving_average,
+        ):
+            replicas.update(
+                strategy,
+                average,
+                lambda a, v, m: a.assign(ema.averaged(a, v, m)),
+                variable,
+                momentum,
+            )
+            if period:
+                replicas.update(strategy, variable, overwrite, average)
+
+    # Loss scale.
+
+    def scale_loss(self, loss):
+        """Returns the loss multiplied by the inner optimizer's loss scale."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def add_loss_scale(self):
+        """Puts a `LossScaleOptimizer` around the inner optimizer, if none is."""
+        if not _is_loss_scaled(self.inner_optimizer):
+            self.inner_optimizer = keras.optimizers.LossScaleOptimizer(
+                self.inner_optimizer
+            )
+
+    def _loss_scale(self):
+        if _is_loss_scaled(self.inner_optimizer):
+            return tf.convert_to_tensor(self.inner_optimizer.dynamic_scale)
+        return self.inner_optimizer.loss_scale_factor
+
+    def _loss_scale_assignments(self, taken):
+        """As Keras's LossScaleOptimizer: halve at once, double after a while."""
+        if not _is_loss_scaled(self.inner_optimizer):
+            return []
+        scale = self.inner_optimizer.dynamic_scale
+        counter = self.inner_optimizer.step_counter
+        if not taken:
+            return [(scale, scale / 2), (counter, tf.zeros_like(counter))]
+        steps = counter + 1
+        due = tf.equal(steps, self.inner_optimizer.dynamic_growth_steps)
+        return [
+            (scale, tf.where(due, scale * 2, scale)),
+            (counter, tf.where(due, tf.zeros_like(steps), steps)),
+        ]
+
+    # Checks.
+
+    def _check_context(self):
+        if not replicas.in_replica_context():
+            raise ValueError(
+                "A step was asked for in cross-replica context. Expected "
+                f"{self.name}.apply to be called inside strategy.run, once per "
+                f"replica. Received: strategy={replicas.strategy()}"
+            )
+        made_under = {
+            self._distribution_strategy,
+            _unscaled(self.inner_optimizer)._distribution_strategy,
+        }
+        if made_under != {replicas.strategy()}:
+            raise ValueError(
+                f"{self.name} or its inner optimizer was made outside the scope "
+                "of the strategy that it is used in. Expected both to be made "
+                "inside `with strategy.scope():`. Received: optimizers made "
+                f"under {made_under}, used under {replicas.strategy()}"
+            )
+
+    def _matched_variables(self, grads, variables):
+        if variables is None and not self.built:
+            raise ValueError(
+                "Gradients came without variables. Expected "
+                "`trainable_variables` in the first call, or a call of `build` "
+                f"before it. Received: {len(grads)} gradients"
+            )
+        variables = list(
+            self._trainable_variables if variables is None else variables
+        )
+        shapes = [None if g is None else tuple(g.shape) for g in grads]
+        expected = [tuple(v.shape) for v in variables]
+        if len(grads) != len(variables) or not all(
+            g is None or tf.TensorShape(g).is_compatible_with(v)
+            for g, v in zip(shapes, expected)
+        ):
+            raise ValueError(
+                "The gradients do not match the variables. Expected one gradient "
+                f"of its shape, or None, for each of the variables {expected}. "
+                f"Received: gradients of shapes {shapes}"
+            )
+        return variables
+
+    # Saving. Keras saves the inner optimizer by itself: it is an attribute.
+
+    def save_own_variables(self, store):
+        """Saves this optimizer's own variables, by name."""
+        for variable in self._variables:
+            store[variable.name] = variable.numpy()
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` saved.
+
+        Raises:
+            ValueError: if the saved state is that of another optimizer or model.
+        """
+        expected = {v.name: tuple(v.shape) for v in self._variables}
+        received = {name: tuple(store[name].shape) for name in store}
+        if expected != received:
+            raise ValueError(
+                f"The saved state of {self.name} is that of another optimizer or "
+                "model. Expected variables of these names and shapes: "
+                f"{expected}. Received: {received}"
+            )
+        for variable in self._variables:
+            variable.assign(store[variable.name])
+
+    def finalize_variable_values(self, var_list):
+        """Ends training as the inner optimizer does."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Excludes variables from the inner optimizer's weight decay."""
+        _unscaled(self.inner_optimizer).exclude_from_weight_decay(
+            var_list=var_list, var_names=var_names
+        )
+
+    def get_config(self):
+        """Returns the configuration, with the rate that the user gave."""
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        stepping = inner["config"]
+        if _is_loss_scaled(self.inner_optimizer):
+            stepping = stepping["inner_optimizer"]["config"]
+        stepping["learning_rate"] = super().get_config()["learning_rate"]
+        return {"optimizer": inner, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Creates an optimizer from what `get_config` returned."""
+        config = dict(config)
+        optimizer = keras.saving.deserialize_keras_object(
+            config.pop("optimizer"), custom_objects=custom_objects
+        )
+        return cls(optimizer, **config)
+
+    def _add_scalar(self, name, dtype):
+        return self.add_variable((), "zeros", dtype=dtype, name=name)
+
+
+class _Rate(keras.optimizers.schedules.LearningRateSchedule):
+    """The inner optimizer's learning rate: what the wrapper says it is."""
+
+    def __init__(self, rate):
+        self._rate = rate
+
+    def __call__(self, step):
+        del step  # Iterations; the wrapper counts progress.
+        return self._rate()
+
+    def get_config(self):
+        return {}  # Wrapper.get_config puts the user's rate in its place.
+
+
+def divided(gradient, divisor):
+    """Returns a gradient divided by a scalar, keeping it sparse if it is."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            divided(gradient.values, divisor),
+            gradient.indices,
+            gradient.dense_shape,
+        )
+    return gradient / tf.cast(divisor, gradient.dtype)
+
+
+def _is_loss_scaled(optimizer):
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def _unscaled(optimizer):
+    """Returns the optimizer that steps, without a loss scale around it."""
+    if _is_loss_scaled(optimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+def _assign(strategy, assignments, values):
+    for (variable, _), value in zip(assignments, values):
+        replicas.update(strategy, variable, lambda v, x: v.assign(x), value)
+
+
+def _increment(strategy, variable):
+    replicas.update(strategy, variable, lambda v: v.assign_add(1))
+
+
+def _constrain(strategy, variable):
+    constraint = getattr(variable, "constraint", None)
+    if constraint is not None:
+        replicas.update(strategy, variable, lambda v: v.assign(constraint(v)))
+
+
+def _check_arguments(name, optimizer, kwargs):
+    if kwargs:
+        known = sorted(_BASE_ARGUMENTS & set(kwargs))
+        place = "the optimizer it wraps, as in" if known else "see its docstring,"
+        raise ValueError(
+            f"{name} does not take the arguments {sorted(kwargs)}. Expected them "
+            f"on {place} {name}(keras.optimizers.SGD(...)). Received: {kwargs}"
+        )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            f"{name} cannot wrap this object. Expected an instance of "
+            f"keras.optimizers.Optimizer. Received: optimizer={optimizer!r}"
+        )
+    stepping = _unscaled(optimizer)
+    if isinstance(optimizer, Wrapper) or isinstance(stepping, Wrapper):
+        raise ValueError(
+            f"{name} cannot wrap an optimizer that is a wrapper already. "
+            "Expected a plain Keras optimizer, or a LossScaleOptimizer around "
+            f"one. Received: optimizer={optimizer!r}"
+        )
+    if stepping.gradient_accumulation_steps:
+        raise ValueError(
+            "The inner optimizer accumulates gradients itself, out of "
+            f"{name}'s sight. Expected `microbatches` in "
+            "tf_adascale.Model.compile instead. Received: "
+            "gradient_accumulation_steps="
+            f"{stepping.gradient_accumulation_steps}"
+        )
+    stock = keras.optimizers.Optimizer._apply_weight_decay
+    if type(stepping)._apply_weight_decay is not stock:
+        raise ValueError(
+            "The inner optimizer decays weights in a way of its own, which "
+            f"{name} cannot follow. Expected an optimizer with Keras's weight "
+            f"decay. Received: optimizer={optimizer!r}"
+        )
