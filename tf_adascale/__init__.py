@@ -1,10 +1,6 @@
 """Large-batch training for TensorFlow and Keras, without re-tuning."""
 
-from tf_adascale import callbacks
-from tf_adascale import ema
-from tf_adascale import gain
-from tf_adascale import norms
-from tf_adascale import schedules
+from tf_adascale import callbacks, ema, gain, norms, schedules
 from tf_adascale.adascale import AdaScale
 from tf_adascale.model import Model
 from tf_adascale.version import __version__

@@ -6,9 +6,7 @@ import keras
 import tensorflow as tf
 
 from tf_adascale import gain as gain_lib
-from tf_adascale import norms
-from tf_adascale import replicas
-from tf_adascale import wrapper
+from tf_adascale import norms, replicas, wrapper
 
 _ESTIMATORS = ("moments", "ratio", "differenced")
 
@@ -35,9 +33,9 @@ class AdaScale(wrapper.Wrapper):
     scale 1 this is the inner optimizer to the bit.
 
     Args:
-        optimizer: `keras.optimizers.Optimizer`, or a `LossScaleOptimizer` around
-            one, with its own rate or schedule, momentum, weight decay, clipping,
-            moving average. The schedule counts scale-invariant steps.
+        optimizer: `keras.optimizers.Optimizer`, or a `LossScaleOptimizer`
+            around one, with its own rate or schedule, momentum, weight decay,
+            clipping, moving average. A schedule counts scale-invariant steps.
         scale: number > 0, S, the batch of one step divided by the base batch.
             By default the number of gradient samples per step, n = replicas x
             micro-batches: every sample is then one base batch.
@@ -68,7 +66,7 @@ class AdaScale(wrapper.Wrapper):
     >>> optimizer = AdaScale(keras.optimizers.SGD(0.1), scale=2)
     >>> optimizer.microbatches = 2
     >>> weight = keras.Variable([0.0, 0.0])
-    >>> # Two orthogonal samples, (1, 0) and (0, 1): all noise, so the gain is 2.
+    >>> # Two orthogonal samples, (1, 0) and (0, 1): all noise, so gain 2.
     >>> optimizer.apply([tf.constant([0.5, 0.5])], [weight], sample_sqnorm=2.0)
     >>> float(optimizer.gain), float(optimizer.scale_invariant_step)
     (2.0, 2.0)
@@ -179,13 +177,13 @@ class AdaScale(wrapper.Wrapper):
 
     @property
     def wants_sample_sqnorms(self):
-        """Whether `apply` needs `sample_sqnorm` where there are micro-batches."""
+        """Whether `apply` needs `sample_sqnorm` of micro-batches."""
         return self.estimator != "differenced" and self.num_samples > 1
 
     def plan(self, variables, gradients, sample_sqnorm, loss_scale):
         """Returns the step: the mean gradients, at the rate of this gain."""
         self._check_samples(sample_sqnorm)
-        # Sums over replicas; each replica divided its gradients by their number.
+        # Sums over the replicas, each of which divided by their number.
         sqnorms = self._sample_sqnorms(gradients, sample_sqnorm)
         reduced = replicas.total(sqnorms + gradients)
         sqnorms, gradients = reduced[: len(sqnorms)], reduced[len(sqnorms) :]
@@ -234,7 +232,7 @@ class AdaScale(wrapper.Wrapper):
         }
 
     def _sample_sqnorms(self, gradients, sample_sqnorm):
-        """Returns this replica's part of the one extra number, if it is used."""
+        """Returns this replica's part of the extra number, if it is used."""
         if not self.wants_sample_sqnorms:
             return []
         if sample_sqnorm is None:
@@ -274,15 +272,14 @@ class AdaScale(wrapper.Wrapper):
         smoothing = self._smoothing
         if smoothing is None:
             smoothing = gain_lib.default_smoothing(self.num_samples)
-        return gain_lib.averaged(
-            self._averages(), moments, smoothing=smoothing
-        )
+        return gain_lib.averaged(self._averages(), moments, smoothing=smoothing)
 
     def _gain(self, averages, scale):
+        is_ratio = self.estimator == "ratio"
         gain = gain_lib.ratio(
             averages.moments,
             scale=scale,
-            epsilon=gain_lib.RATIO_EPSILON if self.estimator == "ratio" else 0.0,
+            epsilon=gain_lib.RATIO_EPSILON if is_ratio else 0.0,
         )
         return tf.where(averages.count > 0, gain, tf.ones_like(gain))
 
@@ -307,12 +304,12 @@ class AdaScale(wrapper.Wrapper):
             and self.estimator != "differenced"
         ):
             raise ValueError(
-                "The gradient's variance cannot be estimated from one sample per "
-                "step. Expected more replicas, or microbatches >= 2 in "
+                "The gradient's variance cannot be estimated from one sample "
+                "per step. Expected more replicas, or microbatches >= 2 in "
                 "tf_adascale.Model.compile, or AdaScale(estimator="
                 f'"differenced"), or scale=1. Received: scale={self.scale}, '
-                f"replicas={self._num_replicas}, "
-                f"microbatches={self.microbatches}, estimator={self.estimator!r}"
+                f"replicas={self._num_replicas}, microbatches="
+                f"{self.microbatches}, estimator={self.estimator!r}"
             )
         if (
             self.microbatches > 1
@@ -320,9 +317,10 @@ class AdaScale(wrapper.Wrapper):
             and sample_sqnorm is None
         ):
             raise ValueError(
-                "The squared norms of the micro-batches' gradients are missing. "
-                "Expected `sample_sqnorm` in `apply`, as tf_adascale.Model passes "
-                f"it. Received: microbatches={self.microbatches}, "
+                "The squared norms of the micro-batches' gradients are "
+                "missing. Expected `sample_sqnorm` in `apply`, as "
+                "tf_adascale.Model passes it. Received: "
+                f"microbatches={self.microbatches}, "
                 "sample_sqnorm=None"
             )
 

@@ -22,8 +22,8 @@ class StopAtScaleInvariantStep(keras.callbacks.Callback):
 
         tau_t >= T_SI
 
-    `fit` needs more epochs, or steps, than will be used: at most T_SI steps. With
-    `steps_per_execution=m` training ends up to m - 1 steps late.
+    `fit` must be given epochs enough: training takes at most T_SI steps. With
+    `steps_per_execution=m` it ends up to m - 1 steps late.
 
     Args:
         total_steps: number > 0, T_SI: the steps that training takes at the base
@@ -45,8 +45,8 @@ class StopAtScaleInvariantStep(keras.callbacks.Callback):
         super().__init__()
         if not 0 < total_steps < math.inf:
             raise ValueError(
-                "The total of scale-invariant steps is out of range. Expected a "
-                f"finite number > 0. Received: total_steps={total_steps!r}"
+                "The total of scale-invariant steps is out of range. Expected "
+                f"a finite number > 0. Received: total_steps={total_steps!r}"
             )
         self.total_steps = total_steps
         self._next_look = 0

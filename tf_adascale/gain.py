@@ -194,13 +194,12 @@ def averaged(averages, moments, *, smoothing):
 
     Example:
 
-    >>> start = Averages(Moments(tf.zeros(()), tf.zeros(())), tf.zeros((), "int64"))
-    >>> one = averaged(start, Moments(tf.constant(2.0), tf.constant(1.0)),
-    ...                smoothing=0.9)
-    >>> two = averaged(one, Moments(tf.constant(4.0), tf.constant(1.0)),
-    ...                smoothing=0.9)
-    >>> float(two.moments.gradient_variance), int(two.count)
-    (3.0, 2)
+    >>> zero, one, three = tf.constant(0.0), tf.constant(1.0), tf.constant(3.0)
+    >>> averages = Averages(Moments(zero, zero), tf.constant(0))
+    >>> for variance in (one, three):
+    ...     averages = averaged(averages, Moments(variance, one), smoothing=0.9)
+    >>> float(averages.moments.gradient_variance), int(averages.count)
+    (2.0, 2)
 
     Reference: Johnson et al. 2020, appendix B.3.
     """
@@ -210,7 +209,9 @@ def averaged(averages, moments, *, smoothing):
         tf.constant(1.0 - smoothing, dtype), 1 / tf.cast(count, dtype)
     )
     return Averages(
-        Moments(*(a + weight * (x - a) for a, x in zip(averages.moments, moments))),
+        Moments(
+            *(a + weight * (x - a) for a, x in zip(averages.moments, moments))
+        ),
         count,
     )
 
@@ -258,7 +259,7 @@ def ratio(moments, *, scale, epsilon=0.0):
 
 
 def noise_scale(moments):
-    """Returns sigma^2 / mu^2: the batch, in base batches, where noise is signal.
+    """Returns sigma^2 / mu^2: the base batches in which noise equals signal.
 
     Args:
         moments: `Moments`, averaged.

@@ -24,9 +24,7 @@ import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
-from tf_adascale import norms
-from tf_adascale import replicas
-from tf_adascale import wrapper
+from tf_adascale import norms, replicas, wrapper
 
 _UNEVEN = "Micro-batches do not divide the batch."
 
@@ -42,7 +40,8 @@ class Model(keras.Model):
     >>> inputs = keras.Input((4,))
     >>> model = Model(inputs, keras.layers.Dense(1)(inputs))
     >>> model.compile("sgd", "mse", microbatches=2)
-    >>> history = model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0)
+    >>> x, y = tf.ones((8, 4)), tf.ones((8, 1))
+    >>> history = model.fit(x, y, batch_size=4, verbose=0)
     >>> model.microbatches
     2
     """
@@ -79,11 +78,12 @@ class Model(keras.Model):
                 part one gradient sample with its own batch statistics; the mean
                 of their gradients is applied. k must divide the batch.
             auto_scale_loss: as for `keras.Model`, except that under the policy
-                "mixed_float16" the `LossScaleOptimizer` goes inside an AdaScale,
+                "mixed_float16" the `LossScaleOptimizer` goes inside AdaScale,
                 which looks for overflows on every replica.
             **kwargs: as for `keras.Model.compile`. With `jit_compile=True` XLA
                 compiles each replica's forward and backward pass and squared
-                norm, under every strategy; "auto" leaves it off under one.
+                norm in training, under every strategy; "auto" leaves it off
+                under one.
 
         Raises:
             ValueError: if `microbatches` is not an int >= 1.
@@ -147,9 +147,9 @@ class Model(keras.Model):
             sample_weight: weights or None, likewise.
 
         Returns:
-            A tuple of the mean of the samples' gradients, as the optimizer wants
-            it; the sum of their squared norms, or None if it does not want it;
-            the mean loss; and the predictions for the whole batch.
+            A tuple of the mean of the samples' gradients, as the optimizer
+            wants it; the sum of their squared norms, or None if it does not
+            want it; the mean loss; and the predictions for the whole batch.
         """
         if self.microbatches == 1:
             return self._sample(x, y, sample_weight)
@@ -167,7 +167,9 @@ class Model(keras.Model):
         sums = (
             [
                 tf.zeros(variable.shape, variable.dtype)
-                for variable, present in zip(self.trainable_variables, connected)
+                for variable, present in zip(
+                    self.trainable_variables, connected
+                )
                 if present
             ],
             None if sqnorm is None else tf.zeros((), sqnorm.dtype),
@@ -232,6 +234,16 @@ class Model(keras.Model):
             self.test_function = self._executor(self.test_step)
         return self.test_function
 
+    def make_predict_function(self, force=False):
+        """Returns the function of a list of batches that predicts them."""
+        jit_compile = self.jit_compile
+        # Keras 3.10 compiles the replicas of a strategy as one XLA program,
+        # which cannot reach the weights on other devices.
+        self.jit_compile = jit_compile and self._distribute_strategy is None
+        super().make_predict_function(force=force)
+        self.jit_compile = jit_compile
+        return self.predict_function
+
     def _executor(self, step):
         strategy = self.distribute_strategy
 
@@ -288,7 +300,7 @@ class Model(keras.Model):
         return executor
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Builds what is not built, from a replica's part of the first batch."""
+        """Builds from a replica's part of the first batch what is not built."""
         strategy = self.distribute_strategy
         deferred = self.built or self.microbatches == 1
         if self._distribute_strategy is None and deferred:
@@ -322,8 +334,8 @@ def _is_functional(args, kwargs):
 def _make_functional(cls):
     """Makes a subclass of `Model` a subclass of `FunctionalModel`.
 
-    Keras does the same to subclasses of `keras.Model`; done to `Model` itself it
-    would break every subclass that has a `call`.
+    Keras does the same to subclasses of `keras.Model`; done to `Model` itself
+    it would break every subclass that has a `call`.
     """
     cls.__bases__ = tuple(
         FunctionalModel if base is Model else base for base in cls.__bases__

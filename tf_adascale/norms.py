@@ -90,7 +90,8 @@ def _values(gradient):
     order = tf.argsort(gradient.indices)
     indices = tf.gather(gradient.indices, order)
     starts = tf.cast(indices[1:] != indices[:-1], tf.int32)
-    segments = tf.concat([tf.zeros_like(indices[:1], tf.int32), tf.cumsum(starts)], 0)
+    first = tf.zeros_like(indices[:1], tf.int32)
+    segments = tf.concat([first, tf.cumsum(starts)], 0)
     return tf.math.unsorted_segment_sum(
         tf.cast(tf.gather(gradient.values, order), wide),
         segments,

@@ -21,30 +21,12 @@ Keras 3.10 to 3.15, these are
     _model_variables_moving_average  the slots of `use_ema`
 """
 
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from tf_adascale import ema
-from tf_adascale import replicas
-
-# Arguments of every Keras optimizer, which belong to the inner one.
-_BASE_ARGUMENTS = frozenset(
-    {
-        "learning_rate",
-        "weight_decay",
-        "clipnorm",
-        "clipvalue",
-        "global_clipnorm",
-        "use_ema",
-        "ema_momentum",
-        "ema_overwrite_frequency",
-        "loss_scale_factor",
-        "gradient_accumulation_steps",
-    }
-)
+from tf_adascale import ema, replicas
 
 
 class Step(NamedTuple):
@@ -106,9 +88,7 @@ class Wrapper(keras.optimizers.Optimizer):
 
     # What a subclass says.
 
-    def plan(
-        self, variables, gradients, sample_sqnorm, loss_scale
-    ) -> Step:
+    def plan(self, variables, gradients, sample_sqnorm, loss_scale) -> Step:
         """Returns what to do with one step's gradients, in replica context.
 
         Args:
@@ -129,7 +109,7 @@ class Wrapper(keras.optimizers.Optimizer):
 
     @property
     def wants_sample_sqnorms(self):
-        """Whether `apply` needs `sample_sqnorm` where there are micro-batches."""
+        """Whether `apply` needs `sample_sqnorm` of micro-batches."""
         return False
 
     # What users read.
@@ -173,17 +153,17 @@ class Wrapper(keras.optimizers.Optimizer):
 
         Args:
             grads: list of tensors, `tf.IndexedSlices` or None: this replica's
-                gradients divided by the number of replicas, as a loss that Keras
-                reduced gives them. None leaves its variable alone.
+                gradients divided by the number of replicas, as they come from a
+                loss that Keras reduced. None leaves its variable alone.
             trainable_variables: list of variables; may be left out once the
                 optimizer is built.
             sample_sqnorm: scalar; for a replica that took several samples, of
                 which `grads` is the mean, the sum of their squared norms.
 
         Raises:
-            ValueError: if the gradients do not match the variables, the strategy
-                in effect is not the one this optimizer was made under, or the
-                call comes from cross-replica context.
+            ValueError: if the gradients do not match the variables, the
+                strategy in effect is not the one this optimizer was made under,
+                or the call comes from cross-replica context.
         """
         self._check_context()
         grads = list(grads)
@@ -203,7 +183,7 @@ class Wrapper(keras.optimizers.Optimizer):
         self._take(variables, step)
 
     def _finished_plan(self, variables, gradients, sample_sqnorm):
-        """Returns `plan`'s step, with the inner optimizer's settings applied."""
+        """Returns the plan with the inner optimizer's settings applied."""
         loss_scale = self._loss_scale()
         step = self.plan(variables, gradients, sample_sqnorm, loss_scale)
         gradients = step.gradients
@@ -234,8 +214,8 @@ class Wrapper(keras.optimizers.Optimizer):
                 _assign(strategy, skipped, values[1])
                 return False
 
-            # A condition around a collective is refused by TensorFlow; here, all
-            # collectives are behind.
+            # TensorFlow refuses a condition around a collective; by now there
+            # is none left to come.
             tf.cond(replicas.local(strategy, finite), update, skip)
 
         replicas.hand_off(
@@ -303,7 +283,7 @@ class Wrapper(keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     def add_loss_scale(self):
-        """Puts a `LossScaleOptimizer` around the inner optimizer, if none is."""
+        """Puts a `LossScaleOptimizer` around the inner one, if none is."""
         if not _is_loss_scaled(self.inner_optimizer):
             self.inner_optimizer = keras.optimizers.LossScaleOptimizer(
                 self.inner_optimizer
@@ -315,7 +295,7 @@ class Wrapper(keras.optimizers.Optimizer):
         return self.inner_optimizer.loss_scale_factor
 
     def _loss_scale_assignments(self, taken):
-        """As Keras's LossScaleOptimizer: halve at once, double after a while."""
+        """As LossScaleOptimizer does: halve at once, double after a while."""
         if not _is_loss_scaled(self.inner_optimizer):
             return []
         scale = self.inner_optimizer.dynamic_scale
@@ -344,9 +324,9 @@ class Wrapper(keras.optimizers.Optimizer):
         }
         if made_under != {replicas.strategy()}:
             raise ValueError(
-                f"{self.name} or its inner optimizer was made outside the scope "
-                "of the strategy that it is used in. Expected both to be made "
-                "inside `with strategy.scope():`. Received: optimizers made "
+                f"{self.name} or its inner optimizer was made outside the "
+                "scope of the strategy that it is used in. Expected both to be "
+                "made in `with strategy.scope():`. Received: optimizers made "
                 f"under {made_under}, used under {replicas.strategy()}"
             )
 
@@ -367,7 +347,7 @@ class Wrapper(keras.optimizers.Optimizer):
             for g, v in zip(shapes, expected)
         ):
             raise ValueError(
-                "The gradients do not match the variables. Expected one gradient "
+                "The gradients do not match the variables. Expected a gradient "
                 f"of its shape, or None, for each of the variables {expected}. "
                 f"Received: gradients of shapes {shapes}"
             )
@@ -384,14 +364,14 @@ class Wrapper(keras.optimizers.Optimizer):
         """Loads what `save_own_variables` saved.
 
         Raises:
-            ValueError: if the saved state is that of another optimizer or model.
+            ValueError: if it is the state of another optimizer or model.
         """
         expected = {v.name: tuple(v.shape) for v in self._variables}
         received = {name: tuple(store[name].shape) for name in store}
         if expected != received:
             raise ValueError(
-                f"The saved state of {self.name} is that of another optimizer or "
-                "model. Expected variables of these names and shapes: "
+                f"The state saved for {self.name} is that of another optimizer "
+                "or model. Expected variables of these names and shapes: "
                 f"{expected}. Received: {received}"
             )
         for variable in self._variables:
@@ -482,11 +462,10 @@ def _constrain(strategy, variable):
 
 def _check_arguments(name, optimizer, kwargs):
     if kwargs:
-        known = sorted(_BASE_ARGUMENTS & set(kwargs))
-        place = "the optimizer it wraps, as in" if known else "see its docstring,"
         raise ValueError(
-            f"{name} does not take the arguments {sorted(kwargs)}. Expected them "
-            f"on {place} {name}(keras.optimizers.SGD(...)). Received: {kwargs}"
+            f"{name} does not take the arguments {sorted(kwargs)}. Expected "
+            f"settings of the optimizer on the inner one, as in {name}("
+            f"keras.optimizers.SGD(weight_decay=1e-4)). Received: {kwargs}"
         )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
