@@ -24,9 +24,7 @@ import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
-from tf_adascale import norms, replicas, wrapper
-
-_UNEVEN = "Micro-batches do not divide the batch."
+from tf_adascale import microbatches, norms, replicas, wrapper
 
 
 class Model(keras.Model):
@@ -130,7 +128,9 @@ class Model(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         parts = x, y, sample_weight
         if self.microbatches > 1:
-            parts = _mapped(lambda v: _split(v, self.microbatches), parts)
+            parts = _mapped(
+                lambda v: microbatches.split(v, self.microbatches), parts
+            )
         gradients, sqnorm, loss, y_pred = self._compute(*parts)
         self._loss_tracker.update_state(loss, sample_weight=_length(x))
         statistics = {} if sqnorm is None else {"sample_sqnorm": sqnorm}
@@ -151,57 +151,22 @@ class Model(keras.Model):
             wants it; the sum of their squared norms, or None if it does not
             want it; the mean loss; and the predictions for the whole batch.
         """
-        if self.microbatches == 1:
-            return self._sample(x, y, sample_weight)
         count = self.microbatches
-        sample = tf.function(self._sample, autograph=False)
+        if count == 1:
+            return self._sample(x, y, sample_weight)
 
-        def part(index):
-            return _mapped(lambda v: v[index], (x, y, sample_weight))
-
-        # One trace, for the types of the loop's variables and for its body.
-        gradients, sqnorm, loss, y_pred = sample.get_concrete_function(
-            *part(0)
-        ).structured_outputs
-        connected = [g is not None for g in gradients]
-        sums = (
-            [
-                tf.zeros(variable.shape, variable.dtype)
-                for variable, present in zip(
-                    self.trainable_variables, connected
-                )
-                if present
-            ],
-            None if sqnorm is None else tf.zeros((), sqnorm.dtype),
-            tf.zeros((), loss.dtype),
-        )
-        outputs = [
-            tf.TensorArray(spec.dtype, count, element_shape=spec.shape)
-            for spec in tf.nest.flatten(y_pred)
-        ]
-
-        def add(index, sums, outputs):
-            gradients, sqnorm, loss, y_pred = sample(*part(index))
-            present = [g for g in gradients if g is not None]
-            sums = tf.nest.map_structure(
-                lambda total, value: total + tf.convert_to_tensor(value),
-                sums,
-                (present, sqnorm, loss),
-            )
-            outputs = [
-                array.write(index, value)
-                for array, value in zip(outputs, tf.nest.flatten(y_pred))
+        def terms(*part):
+            gradients, sqnorm, loss, y_pred = self._sample(*part)
+            dense = [
+                None if g is None else tf.ensure_shape(g, v.shape)
+                for g, v in zip(gradients, self.trainable_variables)
             ]
-            return index + 1, sums, outputs
+            return [*dense, sqnorm, loss], y_pred
 
-        _, (totals, sqnorm, loss), outputs = tf.while_loop(
-            lambda index, *_: index < count, add, (0, sums, outputs)
+        (*sums, sqnorm, loss), y_pred = microbatches.summed(
+            terms, [x, y, sample_weight], count
         )
-        totals = iter(totals)
-        gradients = [next(totals) / count if c else None for c in connected]
-        y_pred = tf.nest.pack_sequence_as(
-            y_pred, [array.concat() for array in outputs]
-        )
+        gradients = [None if g is None else g / count for g in sums]
         return gradients, sqnorm, loss / count, y_pred
 
     def _sample(self, x, y, sample_weight):
@@ -293,9 +258,10 @@ class Model(keras.Model):
                     outputs = run_once(batch)
                 return outputs
             except tf.errors.InvalidArgumentError as error:
-                if _UNEVEN in error.message:
-                    raise _uneven_error(error.message) from error
-                raise
+                uneven = microbatches.uneven_error(error)
+                if uneven is None:
+                    raise
+                raise uneven from error
 
         return executor
 
@@ -360,29 +326,3 @@ def _without_optionals(batch):
 
 def _length(x):
     return tf.shape(next(v for v in keras.tree.flatten(x) if v is not None))[0]
-
-
-def _split(batch, count):
-    """Returns a batch as `count` parts, along a new first axis."""
-    size = batch.shape[0]
-    if size is None:
-        size = tf.shape(batch)[0]
-        check = tf.debugging.Assert(
-            tf.equal(size % count, 0), [_UNEVEN, size, count]
-        )
-        with tf.control_dependencies([check]):
-            batch = tf.identity(batch)
-    elif size % count:
-        raise _uneven_error(f"batch={size}, microbatches={count}")
-    rest = batch.shape[1:]
-    if rest.is_fully_defined():
-        return tf.reshape(batch, [count, -1, *rest])
-    return tf.reshape(batch, tf.concat([[count, -1], tf.shape(batch)[1:]], 0))
-
-
-def _uneven_error(received):
-    return ValueError(
-        f"{_UNEVEN} Expected a batch per replica that is a multiple of "
-        "`microbatches`; does the last batch of the dataset need "
-        f"drop_remainder=True? Received: {received}"
-    )

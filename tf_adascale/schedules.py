@@ -83,8 +83,8 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
             base_step = step * pace.numerator
         else:
             # One rounding after an exact product: whole steps come out whole.
-            base_step = tf.cast(step, tf.float64) * float(pace.numerator)
-            base_step = base_step / float(pace.denominator)
+            base_step = tf.cast(step, tf.float64) * pace.numerator
+            base_step = base_step / pace.denominator
         if not callable(self.schedule):
             return tf.constant(self.schedule, tf.float32)
         return tf.cast(self.schedule(base_step), tf.float32)

@@ -1,0 +1,86 @@
+"""Tests of tf_adascale.microbatches."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_adascale import microbatches
+
+
+def test_split_keeps_the_order_of_the_batch():
+    batch = tf.reshape(tf.range(24), (6, 2, 2))
+    parts = microbatches.split(batch, 3)
+    assert parts.shape == (3, 2, 2, 2)
+    np.testing.assert_array_equal(tf.reshape(parts, (6, 2, 2)), batch)
+
+
+@pytest.mark.parametrize("shape", [(None, 3), (None, None), (8, 3)])
+def test_split_in_a_graph_knows_as_much_of_the_shape_as_it_can(shape):
+    @tf.function(input_signature=[tf.TensorSpec(shape)])
+    def split(batch):
+        parts = microbatches.split(batch, 4)
+        assert parts.shape[0] == 4
+        assert parts.shape[2] == shape[1]
+        return parts
+
+    batch = np.arange(24.0, dtype="float32").reshape(8, 3)
+    np.testing.assert_array_equal(split(batch), batch.reshape(4, 2, 3))
+
+
+def test_split_refuses_a_batch_of_known_size():
+    with pytest.raises(
+        ValueError,
+        match=r"do not divide the batch\. Expected a batch per replica that is "
+        r"a multiple of .* Received: batch=7, microbatches=2",
+    ):
+        microbatches.split(tf.zeros((7, 1)), 2)
+
+
+def test_split_refuses_a_batch_of_unknown_size_when_it_runs():
+    split = tf.function(
+        lambda batch: microbatches.split(batch, 2),
+        input_signature=[tf.TensorSpec((None, 1))],
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        split(tf.zeros((7, 1)))
+    error = microbatches.uneven_error(caught.value)
+    assert "Received: batch=7, microbatches=2" in str(error)
+
+
+def test_other_errors_are_not_taken_for_an_uneven_batch():
+    error = tf.errors.InvalidArgumentError(None, None, "something else")
+    assert microbatches.uneven_error(error) is None
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_summed_equals_a_python_loop(jit_compile):
+    x = np.random.default_rng(0).normal(size=(4, 3, 2)).astype("float32")
+    weights = np.arange(12.0, dtype="float32").reshape(4, 3)
+
+    def function(x, y, weight):
+        assert y is None
+        terms = [tf.reduce_sum(x, 0), None, tf.reduce_sum(weight) ** 2]
+        return terms, {"a": x * 2, "b": (weight,)}
+
+    @tf.function(jit_compile=jit_compile)
+    def run(x, weights):
+        return microbatches.summed(function, [x, None, weights], 4)
+
+    (total, none, squares), outputs = run(x, weights)
+    np.testing.assert_allclose(total, x.sum((0, 1)), rtol=1e-6)
+    assert none is None
+    # Rows of 0..11 sum to 3, 12, 21, 30: 9 + 144 + 441 + 900 = 1494.
+    assert float(squares) == 1494.0
+    np.testing.assert_array_equal(outputs["a"], x.reshape(12, 2) * 2)
+    np.testing.assert_array_equal(outputs["b"][0], weights.reshape(12))
+
+
+def test_summed_traces_its_function_once():
+    traces = []
+
+    def function(x):
+        traces.append(x)
+        return [tf.reduce_sum(x)], x
+
+    microbatches.summed(function, [tf.ones((5, 2))], 5)
+    assert len(traces) == 1

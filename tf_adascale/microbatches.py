@@ -1,0 +1,132 @@
+"""A batch in several parts: split, computed one after another, summed."""
+
+import re
+
+import tensorflow as tf
+
+_UNEVEN = "Micro-batches do not divide the batch."
+
+
+def split(batch, count):
+    """Returns a batch as `count` equal parts, along a new first axis.
+
+    Args:
+        batch: tensor of shape `(size, ...)`.
+        count: int >= 1, divides the size.
+
+    Returns:
+        Tensor of shape `(count, size / count, ...)`.
+
+    Raises:
+        ValueError: if `count` does not divide the size. In a graph where the
+            size is unknown, running it raises `tf.errors.InvalidArgumentError`
+            instead, of which `uneven_error` makes this error.
+
+    Example:
+
+    >>> split(tf.constant([1, 2, 3, 4]), 2).numpy().tolist()
+    [[1, 2], [3, 4]]
+    """
+    size = batch.shape[0]
+    if size is None:
+        size = tf.shape(batch)[0]
+        received = ["batch =", size, "microbatches =", count]
+        check = tf.debugging.Assert(size % count == 0, [_UNEVEN, *received])
+        with tf.control_dependencies([check]):
+            batch = tf.identity(batch)
+    elif size % count:
+        raise _uneven_error(size, count)
+    rest = tf.shape(batch)[1:]
+    parts = tf.reshape(batch, tf.concat([[count, size // count], rest], 0))
+    return tf.ensure_shape(parts, [count, None, *batch.shape[1:]])
+
+
+def uneven_error(error):
+    """Returns the ValueError that a failed run of `split` stands for, or None.
+
+    Args:
+        error: `tf.errors.InvalidArgumentError`.
+
+    Example:
+
+    >>> uneven_error(tf.errors.InvalidArgumentError(None, None, "no")) is None
+    True
+    """
+    if _UNEVEN not in error.message:
+        return None
+    values = re.search(
+        r"batch =\W*(\d+)\W*microbatches =\W*(\d+)", error.message
+    )
+    return _uneven_error(*values.groups()) if values else None
+
+
+def summed(function, parts, count):
+    """Returns the sums and the outputs of a function of each part.
+
+    The loop runs in the graph and holds the sums and one part's intermediate
+    results at a time.
+
+    Args:
+        function: callable of one part's tensors that returns `(terms,
+            outputs)`: a list of tensors of known shapes, or None, to be summed;
+            and nested tensors whose first axes are to be joined. Which terms
+            are None is the same for every part.
+        parts: list of nested tensors, or None, with a first axis of `count`.
+        count: int >= 1.
+
+    Returns:
+        `(sums, outputs)`, like what `function` returns.
+
+    Example:
+
+    >>> parts = [tf.constant([[1.0, 2.0], [3.0, 4.0]])]
+    >>> function = lambda x: ([tf.reduce_sum(x), None], 2 * x)
+    >>> (total, none), outputs = summed(function, parts, 2)
+    >>> float(total), none, outputs.numpy().tolist()
+    (10.0, None, [2.0, 4.0, 6.0, 8.0])
+    """
+    function = tf.function(function, autograph=False)
+
+    def call(index):
+        return function(
+            *tf.nest.map_structure(
+                lambda x: None if x is None else x[index], parts
+            )
+        )
+
+    # One trace serves for the types of the loop's variables and for its body.
+    terms, outputs = function.get_concrete_function(
+        *tf.nest.map_structure(lambda x: None if x is None else x[0], parts)
+    ).structured_outputs
+    sums = [tf.zeros(x.shape, x.dtype) for x in terms if x is not None]
+    arrays = [
+        tf.TensorArray(x.dtype, count, element_shape=x.shape)
+        for x in tf.nest.flatten(outputs)
+    ]
+
+    def add(index, sums, arrays):
+        terms, outputs = call(index)
+        present = [x for x in terms if x is not None]
+        sums = [total + x for total, x in zip(sums, present)]
+        arrays = [
+            array.write(index, x)
+            for array, x in zip(arrays, tf.nest.flatten(outputs))
+        ]
+        return index + 1, sums, arrays
+
+    _, sums, arrays = tf.while_loop(
+        lambda index, *_: index < count, add, (0, sums, arrays)
+    )
+    present = iter(sums)
+    return (
+        [None if x is None else next(present) for x in terms],
+        tf.nest.pack_sequence_as(outputs, [x.concat() for x in arrays]),
+    )
+
+
+def _uneven_error(size, count):
+    return ValueError(
+        f"{_UNEVEN} Expected a batch per replica that is a multiple of "
+        "`microbatches`; does the last batch of the dataset need "
+        f"drop_remainder=True? Received: batch={size}, microbatches={count}"
+    )
