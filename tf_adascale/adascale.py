@@ -1,6 +1,7 @@
 """AdaScale: the learning rate adapted, every step, to the batch size."""
 
 import math
+import numbers
 
 import keras
 import tensorflow as tf
@@ -100,7 +101,7 @@ class AdaScale(wrapper.Wrapper):
         self.estimator = estimator
         self.power = power
         self.scale_ema = scale_ema
-        self._scale = scale
+        self._scale = None if scale is None else float(scale)
         self._smoothing = smoothing
         # At the base batch size whatever the scale, so a run may continue at
         # another one.
@@ -116,6 +117,8 @@ class AdaScale(wrapper.Wrapper):
 
     def build(self, variables):
         """Creates the slots of this optimizer and of the inner one."""
+        if self.built:
+            return
         if self.estimator == "differenced":
             self._previous_gradients = self.add_optimizer_variables(
                 variables, "previous_gradient"
@@ -330,8 +333,8 @@ def _read(variable):
 
 
 def _check_scale(scale):
-    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not is_number or not math.isfinite(scale) or scale <= 0:
+    is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    if not is_number or not 0 < scale < math.inf:
         raise ValueError(
             "The scale is not a size of a batch. Expected a finite number > 0, "
             "the batch of one step divided by the base batch. Received: "

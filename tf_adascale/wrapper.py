@@ -144,6 +144,8 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def build(self, variables):
         """Creates the slots of this optimizer and of the inner one."""
+        if self.built:
+            return
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         super().build(variables)
