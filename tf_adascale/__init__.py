@@ -1,5 +1,14 @@
 """Large-batch training for TensorFlow and Keras, without re-tuning."""
 
+try:
+    import tensorflow as _
+except ImportError as error:
+    raise ImportError(
+        "tf_adascale needs one of TensorFlow's builds, which exclude each other. "
+        'Install the one for your hardware: pip install "tf_adascale[cpu]", '
+        '"tf_adascale[gpu]" or "tf_adascale[tpu]".'
+    ) from error
+
 from tf_adascale import callbacks, ema, gain, norms, schedules
 from tf_adascale.adascale import AdaScale
 from tf_adascale.model import Model

@@ -129,7 +129,7 @@ class AdaScale(wrapper.Wrapper):
     @property
     def num_samples(self):
         """Int, n: gradient samples per step, replicas x micro-batches."""
-        return self._num_replicas * self.microbatches
+        return self.num_replicas * self.microbatches
 
     @property
     def scale(self):
@@ -197,7 +197,7 @@ class AdaScale(wrapper.Wrapper):
             averages, memory = self._differenced(variables, gradients, unit)
         elif sqnorms:
             # N^2 / (N k): the norm undivided, and the mean of n = N k of them.
-            mean_sqnorm = sqnorms[0] * (self._num_replicas / self.microbatches)
+            mean_sqnorm = sqnorms[0] * (self.num_replicas / self.microbatches)
             averages = self._updated(
                 gain_lib.moments(
                     mean_sqnorm * unit**2,
@@ -211,8 +211,10 @@ class AdaScale(wrapper.Wrapper):
         after = gain_lib.advanced(step, gain)
         return wrapper.Step(
             gradients=gradients,
-            # A norm is finite if and only if everything that it sums is.
-            finite=tf.math.is_finite(tf.add_n([*sqnorms, sqnorm_of_mean])),
+            # A norm is finite only if everything that it sums is.
+            finite=tf.reduce_all(
+                tf.math.is_finite([*sqnorms, sqnorm_of_mean, *averages.moments])
+            ),
             learning_rate=self._rate(gain, step.whole),
             base_steps=gain if self.scale_ema else tf.ones_like(gain),
             assignments=[
@@ -231,6 +233,7 @@ class AdaScale(wrapper.Wrapper):
             "estimator": self.estimator,
             "smoothing": self._smoothing,
             "power": self.power,
+            "preconditioned": False,
             "scale_ema": self.scale_ema,
         }
 
@@ -244,8 +247,7 @@ class AdaScale(wrapper.Wrapper):
 
     def _differenced(self, variables, gradients, unit):
         """Returns the averages, and assignments of what to remember."""
-        indices = [self._get_variable_index(variable) for variable in variables]
-        slots = [self._previous_gradients[index] for index in indices]
+        slots = self.select(self._previous_gradients, variables)
         previous = [_read(slot) for slot in slots]
         present = [tf.convert_to_tensor(g) * unit for g in gradients]
         difference = [g - p for g, p in zip(present, previous)]
@@ -287,18 +289,9 @@ class AdaScale(wrapper.Wrapper):
         return tf.where(averages.count > 0, gain, tf.ones_like(gain))
 
     def _rate(self, gain, whole_step):
-        rate = self._learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = rate(whole_step)
-        elif not isinstance(rate, keras.Variable):
-            rate = rate()
-        rate = tf.convert_to_tensor(rate)
+        rate = self.base_learning_rate(whole_step)
         power = gain if self.power == 1 else gain**self.power
         return rate * tf.cast(power, rate.dtype)
-
-    @property
-    def _num_replicas(self):
-        return self._distribution_strategy.num_replicas_in_sync
 
     def _check_samples(self, sample_sqnorm):
         if (
@@ -311,7 +304,7 @@ class AdaScale(wrapper.Wrapper):
                 "per step. Expected more replicas, or microbatches >= 2 in "
                 "tf_adascale.Model.compile, or AdaScale(estimator="
                 f'"differenced"), or scale=1. Received: scale={self.scale}, '
-                f"replicas={self._num_replicas}, microbatches="
+                f"replicas={self.num_replicas}, microbatches="
                 f"{self.microbatches}, estimator={self.estimator!r}"
             )
         if (
@@ -334,7 +327,7 @@ def _read(variable):
 
 def _check_scale(scale):
     is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
-    if not is_number or not 0 < scale < math.inf:
+    if not is_number or not 0 < float(scale) < math.inf:
         raise ValueError(
             "The scale is not a size of a batch. Expected a finite number > 0, "
             "the batch of one step divided by the base batch. Received: "

@@ -208,12 +208,12 @@ def averaged(averages, moments, *, smoothing):
     weight = tf.maximum(
         tf.constant(1.0 - smoothing, dtype), 1 / tf.cast(count, dtype)
     )
-    return Averages(
-        Moments(
-            *(a + weight * (x - a) for a, x in zip(averages.moments, moments))
-        ),
-        count,
-    )
+
+    def average(a, x):
+        # Where the weight is 1, what was averaged before must not round x.
+        return tf.where(weight < 1, a + weight * (x - a), x)
+
+    return Averages(Moments(*map(average, averages.moments, moments)), count)
 
 
 def ratio(moments, *, scale, epsilon=0.0):
@@ -236,7 +236,7 @@ def ratio(moments, *, scale, epsilon=0.0):
         epsilon: number >= 0, in units of the squared gradient.
 
     Returns:
-        Scalar, r. 1 where both moments and epsilon are 0.
+        Scalar, r. 1 where both moments and epsilon are 0, floored or not.
 
     Example:
 
@@ -249,12 +249,14 @@ def ratio(moments, *, scale, epsilon=0.0):
 
     Reference: Johnson et al. 2020, equation (3) and section 3.4.
     """
-    variance, sqnorm = moments
+    # Halves, so that the sum of two finite moments is finite.
+    variance, sqnorm = (moment / 2 for moment in moments)
+    epsilon = epsilon / 2
     numerator = tf.maximum(variance + sqnorm, 0.0) + epsilon
     denominator = tf.maximum(variance / scale + sqnorm, 0.0) + epsilon
     gain = numerator / denominator
-    # 0 / 0 is a gradient that is 0 at every sample: nothing is known of it.
-    gain = tf.where(numerator > 0, gain, tf.ones_like(gain))
+    # A gradient that is 0 at every sample says nothing; nor does its floor.
+    gain = tf.where(numerator > VARIANCE_FLOOR, gain, tf.ones_like(gain))
     return tf.clip_by_value(gain, min(1.0, scale), max(1.0, scale))
 
 

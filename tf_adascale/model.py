@@ -166,8 +166,10 @@ class Model(keras.Model):
         (*sums, sqnorm, loss), y_pred = microbatches.summed(
             terms, [x, y, sample_weight], count
         )
-        gradients = [None if g is None else g / count for g in sums]
-        return gradients, sqnorm, loss / count, y_pred
+        *gradients, loss = [
+            None if total is None else total / count for total in [*sums, loss]
+        ]
+        return gradients, sqnorm, loss, y_pred
 
     def _sample(self, x, y, sample_weight):
         """Returns `_gradients` for one gradient sample."""

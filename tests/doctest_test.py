@@ -1,0 +1,33 @@
+"""Runs the examples in the docstrings; a warning fails them, as any test."""
+
+import doctest
+import importlib
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_adascale
+
+LIBRARY = pathlib.Path(tf_adascale.__file__).parent
+MODULES = sorted(path.stem for path in LIBRARY.glob("*.py"))
+
+# Names that examples use without importing them, beside their module's own.
+GLOBALS = {"keras": keras, "np": np, "tf": tf, "tf_adascale": tf_adascale}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    suffix = "" if name == "__init__" else f".{name}"
+    module = importlib.import_module(f"tf_adascale{suffix}")
+    report = []
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
+    for example in doctest.DocTestFinder(exclude_empty=True).find(
+        module, extraglobs=GLOBALS
+    ):
+        runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
