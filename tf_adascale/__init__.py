@@ -1,12 +1,12 @@
 """Large-batch training for TensorFlow and Keras, without re-tuning."""
 
 try:
-    import tensorflow as _
+    import tensorflow  # noqa: F401 (asked for here, to say what to install)
 except ImportError as error:
     raise ImportError(
-        "tf_adascale needs one of TensorFlow's builds, which exclude each other. "
-        'Install the one for your hardware: pip install "tf_adascale[cpu]", '
-        '"tf_adascale[gpu]" or "tf_adascale[tpu]".'
+        "tf_adascale needs one of TensorFlow's builds, which exclude each "
+        "other. Install the one for your hardware: pip install "
+        '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
     ) from error
 
 from tf_adascale import callbacks, ema, gain, norms, schedules
