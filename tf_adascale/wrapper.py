@@ -9,8 +9,6 @@ Keras 3.10 to 3.15, these are
 
     _learning_rate                   the rate as given: variable, schedule or
                                      callable
-    _iterations                      the counter behind `iterations`
-    _untrack_variable                drops a variable from an optimizer's own
     _variables                       an optimizer's own variables
     _trainable_variables             the variables an optimizer was built on
     _get_variable_index              a variable's place among them
@@ -74,17 +72,14 @@ class Wrapper(keras.optimizers.Optimizer):
     def __init__(self, optimizer, *, name, **kwargs):
         _check_arguments(type(self).__name__, optimizer, kwargs)
         stepping = _unscaled(optimizer)
-        rate = stepping._learning_rate
-        if isinstance(rate, keras.Variable):
-            rate = float(rate.numpy())
-        super().__init__(learning_rate=rate, name=name)
+        effective_rate = _Rate(lambda: self.effective_learning_rate)
+        super().__init__(learning_rate=effective_rate, name=name)
         self.inner_optimizer = optimizer
         self.microbatches = 1
-        stepping.learning_rate = _Rate(lambda: self.effective_learning_rate)
-        # One counter for both: the inner one.
-        self._untrack_variable(self._iterations)
-        self._iterations = stepping._iterations
-        self._untrack_variable(self._iterations)
+        # The user's rate stays where it is saved and loaded, among the inner
+        # optimizer's variables: past __setattr__, which would track it here too.
+        object.__setattr__(self, "_learning_rate", stepping._learning_rate)
+        stepping._learning_rate = effective_rate
         self._skipped_steps = self._add_scalar("skipped_steps", "int64")
 
     # What a subclass says.
@@ -135,6 +130,11 @@ class Wrapper(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate):
         keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+
+    @property
+    def iterations(self):
+        """The inner optimizer's count of steps taken; skipped ones are not."""
+        return self.inner_optimizer.iterations
 
     @property
     def variables(self):
@@ -230,7 +230,7 @@ class Wrapper(keras.optimizers.Optimizer):
                 self._average(strategy, momentum)
                 for variable in variables:
                     _constrain(strategy, variable)
-                _increment(strategy, self._iterations)
+                _increment(strategy, self.iterations)
                 return True
 
             def skip():
@@ -272,7 +272,7 @@ class Wrapper(keras.optimizers.Optimizer):
         if not stepping.use_ema:
             return None
         momentum = ema.scaled_momentum(stepping.ema_momentum, base_steps)
-        started = tf.convert_to_tensor(self._iterations) > 0
+        started = tf.convert_to_tensor(self.iterations) > 0
         return tf.where(started, momentum, 0.0)
 
     def _average(self, strategy, momentum):
@@ -282,7 +282,7 @@ class Wrapper(keras.optimizers.Optimizer):
         period = stepping.ema_overwrite_frequency
 
         def overwrite(variable, average):
-            due = (self._iterations.value + 1) % period == 0
+            due = (self.iterations.value + 1) % period == 0
             variable.assign(tf.where(due, average, variable))
 
         for variable, average in zip(
@@ -390,7 +390,8 @@ class Wrapper(keras.optimizers.Optimizer):
             ValueError: if it is the state of another optimizer or model.
         """
         expected = {v.name: tuple(v.shape) for v in self._variables}
-        received = {name: tuple(store[name].shape) for name in store}
+        names = list(store.keys())  # Keras's stores have keys, no iterator.
+        received = {name: tuple(store[name].shape) for name in names}
         if expected != received:
             raise ValueError(
                 f"The state saved for {self.name} is that of another optimizer "
