@@ -23,7 +23,7 @@ help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' \
 		$(MAKEFILE_LIST)
 
-demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (build/demo)
+demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (out/demo)
 	$(BIN)/python -m examples.digits.demo
 
 test: $(VENV)/installed-test  ## Run the tests, except those marked slow
@@ -34,8 +34,8 @@ test-slow: $(VENV)/installed-test  ## Run the tests marked slow
 
 test-versions: test-oldest test-newest  ## Run them on the oldest and the newest versions
 
-test-oldest test-newest: test-%: build/versions/%/installed
-	build/versions/$*/bin/python $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+test-oldest test-newest: test-%: out/versions/%/installed
+	out/versions/$*/bin/python $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-dev  ## Check style and format
 	$(BIN)/ruff check $(SOURCES)
@@ -52,7 +52,7 @@ bench: $(VENV)/installed-demo  ## Time a step of AdaScale against plain SGD
 	$(BIN)/python -m benchmarks.step_time
 
 clean:  ## Remove outputs and caches
-	rm -rf build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf out dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove the virtual environment too
@@ -71,11 +71,11 @@ $(VENV)/installed-%: setup.py tf_adascale/version.py | $(BIN)/python
 
 # The bounds of setup.py: the lowest versions of everything, and the highest of
 # TensorFlow and Keras.
-build/versions/oldest/installed: VERSIONS := tensorflow-cpu==2.18.1 \
+out/versions/oldest/installed: VERSIONS := tensorflow-cpu==2.18.1 \
 	keras==3.10.0 numpy==1.26.4 absl-py==2.1.0
-build/versions/newest/installed: VERSIONS := tensorflow-cpu==2.21.0 \
+out/versions/newest/installed: VERSIONS := tensorflow-cpu==2.21.0 \
 	keras==3.15.1
-build/versions/%/installed: setup.py tf_adascale/version.py Makefile
+out/versions/%/installed: setup.py tf_adascale/version.py Makefile
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) --editable ".[cpu,examples,test]" \
 		$(VERSIONS)

@@ -20,6 +20,8 @@ setup(
     packages=["tf_adascale"],
     package_data={"tf_adascale": ["py.typed"]},
     zip_safe=False,
+    # Not build/: where letters' case does not count, that is the file BUILD.
+    options={"build": {"build_base": "out/build"}},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

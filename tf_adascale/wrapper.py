@@ -76,8 +76,8 @@ class Wrapper(keras.optimizers.Optimizer):
         super().__init__(learning_rate=effective_rate, name=name)
         self.inner_optimizer = optimizer
         self.microbatches = 1
-        # The user's rate stays where it is saved and loaded, among the inner
-        # optimizer's variables: past __setattr__, which would track it here too.
+        # The user's rate stays where it is saved, among the inner optimizer's
+        # variables: __setattr__ would track it here as well.
         object.__setattr__(self, "_learning_rate", stepping._learning_rate)
         stepping._learning_rate = effective_rate
         self._skipped_steps = self._add_scalar("skipped_steps", "int64")
@@ -124,7 +124,7 @@ class Wrapper(keras.optimizers.Optimizer):
         multiple of what they read, and would set the gain along with it.
         """
         if isinstance(self._learning_rate, keras.Variable):
-            return self._learning_rate
+            return tf.convert_to_tensor(self._learning_rate)
         return self.effective_learning_rate
 
     @learning_rate.setter

@@ -1,0 +1,483 @@
+"""The trainers' loop, on a task of one layer; the digits and the demo."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+from examples import algorithms, flags, strategies, training
+from examples.digits import data, demo, train
+from tf_adascale import Model
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def one_layer():
+    """Digits by logistic regression: the loop's work without the waiting."""
+
+    def model():
+        inputs = keras.Input((8, 8, 1))
+        return Model(
+            inputs, keras.layers.Dense(10)(keras.layers.Flatten()(inputs))
+        )
+
+    return train.task()._replace(name="one_layer", total_steps=16, model=model)
+
+
+def run(tmp_path, name="run", task=None, **settings):
+    settings = training.Settings(**settings)._replace(
+        model_dir=str(tmp_path / name)
+    )
+    return training.run(task or one_layer(), settings)
+
+
+def rows(tmp_path, name="run"):
+    with open(tmp_path / name / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def saved_values(tmp_path, name):
+    """Returns the last checkpoint: weights, slots, averages, tau."""
+    reader = tf.train.load_checkpoint(str(tmp_path / name / "checkpoint"))
+    return {
+        key: reader.get_tensor(key)
+        for key in reader.get_variable_to_shape_map()
+        if key.endswith(".ATTRIBUTES/VARIABLE_VALUE")
+    }
+
+
+class TestSplitScale:
+    @pytest.mark.parametrize(
+        "given, expected",
+        [
+            ({"replicas": 1}, (1, 1)),
+            ({"replicas": 4}, (4, 1)),
+            ({"replicas": 1, "scale": 64}, (64, 64)),
+            ({"replicas": 4, "scale": 64}, (64, 16)),
+            ({"replicas": 4, "microbatches": 2}, (8, 2)),
+            ({"replicas": 4, "scale": 8, "microbatches": 2}, (8, 2)),
+        ],
+    )
+    def test_one_follows_from_the_others(self, given, expected):
+        assert strategies.split_scale(**given) == expected
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"replicas": 4, "scale": 6},
+            {"replicas": 4, "scale": 2},
+            {"replicas": 2, "scale": 8, "microbatches": 2},
+        ],
+    )
+    def test_what_cannot_be_made_is_refused(self, given):
+        with pytest.raises(ValueError, match="do not make the scale") as error:
+            strategies.split_scale(**given)
+        assert "Expected scale = replicas * microbatches" in str(error.value)
+        assert f"Received: scale={given['scale']}" in str(error.value)
+
+
+class TestStrategy:
+    def test_one_device_has_one_replica(self):
+        with pytest.raises(ValueError, match="another number of replicas"):
+            strategies.make("default", replicas=2)
+
+    def test_unknown_is_refused(self):
+        with pytest.raises(ValueError, match="Received: strategy='many'"):
+            strategies.make("many")
+
+
+class TestPlan:
+    # lr(t) = 0.1 * 0.01^(t / 100), T_1 = 100, S = 4 and so T_S = 25.
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 100, 0.01)
+
+    def plan(self, algorithm, **kwargs):
+        return algorithms.plan(
+            algorithm,
+            self.schedule,
+            scale=4,
+            total_steps=100,
+            make_optimizer=keras.optimizers.SGD,
+            **kwargs,
+        )
+
+    @pytest.mark.parametrize(
+        "algorithm, kwargs, iterations, first, last",
+        [
+            ("identity", {}, 100, 0.1, 0.001),
+            ("linear", {}, 25, 0.4, 0.004),  # 4 lr
+            ("sqrt", {}, 25, 0.2, 0.002),  # sqrt(4) lr
+            ("lsw", {}, 25, 0.1, 0.004),  # warms up from lr(0) to 4 lr(0)
+            ("lsw_plus", {"iterations": 40}, 40, 0.1, 0.004),
+        ],
+    )
+    def test_fixed_rules(self, algorithm, kwargs, iterations, first, last):
+        plan = self.plan(algorithm, **kwargs)
+        assert plan.iterations == iterations
+        plan.optimizer.build([keras.Variable(1.0)])
+        rates = []
+        for step in (0, iterations):
+            plan.optimizer.iterations.assign(step)
+            rates.append(float(plan.optimizer.learning_rate))
+        np.testing.assert_allclose(rates, [first, last], rtol=1e-5)
+
+    def test_adascale_keeps_the_schedule_and_stops_by_tau(self):
+        plan = self.plan("adascale")
+        assert plan.iterations == 100  # At most: the gain is at least 1.
+        assert plan.callbacks[-1].total_steps == 100
+        assert float(plan.optimizer.learning_rate) == pytest.approx(0.1)
+
+    def test_lsw_plus_needs_iterations(self):
+        with pytest.raises(ValueError, match="it needs one") as error:
+            self.plan("lsw_plus")
+        assert "Received: algorithm='lsw_plus', iterations=None" in str(
+            error.value
+        )
+
+    def test_others_refuse_iterations(self):
+        with pytest.raises(ValueError, match="Only lsw_plus"):
+            self.plan("lsw", iterations=40)
+
+    def test_unknown_is_refused(self):
+        with pytest.raises(ValueError, match="Received: algorithm='adam'"):
+            self.plan("adam")
+
+
+class TestFlags:
+    def parsed(self, *arguments):
+        with flagsaver.flagsaver():
+            absl_flags.FLAGS(["train", *arguments])
+            return flags.settings()
+
+    def test_defaults_are_those_of_settings(self):
+        assert self.parsed() == training.Settings()
+
+    def test_each_setting_is_a_flag(self):
+        settings = training.Settings(
+            algorithm="lsw_plus",
+            scale=8,
+            replicas=2,
+            microbatches=4,
+            total_steps=100,
+            iterations=30,
+            strategy="tpu",
+            tpu="local",
+            seed=3,
+            model_dir="here",
+            jit_compile=True,
+            steps_per_execution=5,
+            mixed_precision="mixed_bfloat16",
+            smoke=True,
+        )
+        parsed = self.parsed(
+            *(f"--{name}={value}" for name, value in settings._asdict().items())
+        )
+        assert parsed == settings
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--algorithm=adam"], "should be one of"),
+            (["--algorithm=lsw_plus"], "it needs one"),
+            (["--iterations=3"], "Only lsw_plus"),
+            (["--scale=0"], "positive integer"),
+            (["--microbatches=0"], "positive integer"),
+            (["--total_steps=-1"], "positive integer"),
+            (["--seed=-1"], "non-negative integer"),
+            (["--tpu=local"], 'strategy="tpu"'),
+            (
+                ["--scale=6", "--replicas=2", "--microbatches=2"],
+                "do not make the scale",
+            ),
+            (["--mixed_precision=float64"], "should be one of"),
+        ],
+    )
+    def test_contradictions_are_refused(self, arguments, message):
+        with pytest.raises(absl_flags.IllegalFlagValueError, match=message):
+            self.parsed(*arguments)
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        "algorithm, iterations",
+        [
+            ("identity", 4),
+            ("linear", 2),  # 4 / 2
+            ("sqrt", 2),
+            ("lsw", 2),
+            ("lsw_plus", 3),
+            ("adascale", None),
+        ],
+    )
+    def test_smoke(self, tmp_path, algorithm, iterations):
+        given = {"iterations": 3} if algorithm == "lsw_plus" else {}
+        result = run(
+            tmp_path, algorithm=algorithm, scale=2, smoke=True, **given
+        )
+        if iterations is None:
+            assert 2 <= result.iterations <= 4  # A gain is within [1, 2].
+            assert 1 <= result.mean_gain <= 2
+        else:
+            assert result.iterations == iterations
+            assert result.mean_gain is None
+        assert result.examples == result.iterations * 2 * 16
+        assert 0 <= result.value <= 1
+        with open(tmp_path / "run" / "result.json") as file:
+            assert training.Result(**json.load(file)) == result
+        log = rows(tmp_path)
+        assert len(log) == result.iterations
+        assert {"loss", "accuracy", "learning_rate"} <= set(log[0])
+        if algorithm == "adascale":
+            assert {"gain", "scale_invariant_step"} <= set(log[0])
+        assert os.listdir(tmp_path / "run" / "tensorboard" / "train")
+
+    def test_adascale_at_scale_1_is_plain_sgd(self, tmp_path):
+        plain = run(tmp_path, "plain", algorithm="identity")
+        adascale = run(tmp_path, "adascale", algorithm="adascale")
+        assert adascale.mean_gain == 1
+        assert adascale.iterations == plain.iterations == 16
+        loss = [row["loss"] for row in rows(tmp_path, "plain")]
+        assert loss == [row["loss"] for row in rows(tmp_path, "adascale")]
+
+    def test_long_runs_have_about_a_hundred_rows(self, tmp_path):
+        # 250 steps, 3 to a row, and a last row of 1.
+        result = run(tmp_path, algorithm="identity", total_steps=250)
+        assert result.iterations == 250
+        assert len(rows(tmp_path)) == 84
+
+    def test_steps_per_execution_takes_the_same_steps(self, tmp_path):
+        one = run(tmp_path, "one", algorithm="lsw", scale=2)
+        two = run(
+            tmp_path, "two", algorithm="lsw", scale=2, steps_per_execution=2
+        )
+        assert two == one
+        assert len(rows(tmp_path, "two")) == 4  # 8 steps, 2 to a row.
+
+    def test_default_directory_names_the_run(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        training.run(one_layer(), training.Settings(scale=2, smoke=True))
+        assert (
+            tmp_path / "out" / "one_layer" / "adascale-S2-seed0" / "log.csv"
+        ).exists()
+
+    def test_directory_of_another_run_is_refused(self, tmp_path):
+        run(tmp_path, scale=2, smoke=True)
+        before = rows(tmp_path)
+        with pytest.raises(ValueError, match="holds another run") as error:
+            run(tmp_path, scale=2, smoke=True, seed=1)
+        assert "'seed': 0" in str(error.value)
+        assert "Received: {" in str(error.value)
+        assert rows(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"mixed_precision": "float64"}, "precision is not known"),
+            ({"tpu": "local"}, "TPU was named"),
+            ({"replicas": 2}, "another number of replicas"),
+            ({"scale": 4, "microbatches": 2}, "do not make the scale"),
+        ],
+    )
+    def test_refused_settings_leave_nothing(self, tmp_path, settings, message):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, **settings)
+        assert not os.listdir(tmp_path)
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("algorithm", ["identity", "adascale"])
+    @pytest.mark.parametrize("hook", ["on_epoch_begin", "on_epoch_end"])
+    def test_stopped_and_gone_on_is_as_never_stopped(
+        self, tmp_path, monkeypatch, algorithm, hook
+    ):
+        given = {"algorithm": algorithm, "scale": 2}
+        whole = run(tmp_path, "whole", **given)
+
+        original = getattr(training.Progress, hook)
+
+        def interrupted(self, epoch, logs=None):
+            if epoch == 4:
+                # At an epoch's end its row is in the log, but no checkpoint is.
+                raise KeyboardInterrupt
+            original(self, epoch, logs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Progress, hook, interrupted)
+            with pytest.raises(SystemExit, match="same command goes on"):
+                run(tmp_path, "stopped", **given)
+        assert not (tmp_path / "stopped" / "result.json").exists()
+        assert run(tmp_path, "stopped", **given) == whole
+
+        assert rows(tmp_path, "stopped") == rows(tmp_path, "whole")
+        expected = saved_values(tmp_path, "whole")
+        actual = saved_values(tmp_path, "stopped")
+        assert actual.keys() == expected.keys()
+        assert any("adascale" in key or "optimizer" in key for key in actual)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(actual[key], value, err_msg=key)
+
+    def test_finished_runs_train_no_more(self, tmp_path):
+        first = run(tmp_path, scale=2, smoke=True)
+        log = rows(tmp_path)
+        assert run(tmp_path, scale=2, smoke=True) == first
+        assert rows(tmp_path) == log
+
+
+class TestCommand:
+    def test_two_devices_and_micro_batches(self, tmp_path):
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "examples.digits.train",
+                "--strategy=mirrored",
+                "--replicas=2",
+                "--scale=4",
+                "--smoke",
+                f"--model_dir={tmp_path}",
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr
+        # Keras's progress bar, with gain and tau.
+        assert "gain: " in process.stdout
+        assert "scale_invariant_step: " in process.stdout
+        with open(tmp_path / "result.json") as file:
+            result = json.load(file)
+        assert result["scale"] == 4
+        assert 1 <= result["mean_gain"] <= 4
+
+
+class TestDigits:
+    def test_splits_are_real_apart_and_stratified(self):
+        training_split, test = data.splits()
+        assert training_split.images.shape == (1437, 8, 8, 1)
+        assert test.images.shape == (360, 8, 8, 1)
+        for split in (training_split, test):
+            assert split.images.min() == 0
+            assert split.images.max() == 1
+            shares = np.bincount(split.labels) / len(split.labels)
+            np.testing.assert_allclose(shares, 0.1, atol=0.005)
+        seen = {image.tobytes() for image in training_split.images}
+        assert not any(image.tobytes() in seen for image in test.images)
+
+    def batches(self, count, *args, **kwargs):
+        dataset = data.train_dataset(*args, **kwargs)
+        return list(dataset.take(count).as_numpy_iterator())
+
+    def test_a_step_holds_the_same_whenever_the_run_began(self):
+        # 100 batches of 16 pass the 1437 images once and begin again.
+        whole = self.batches(100, 16, seed=1)
+        for start in (3, 95):
+            part = self.batches(2, 16, seed=1, start_step=start)
+            for expected, actual in zip(whole[start:], part):
+                np.testing.assert_array_equal(expected[0], actual[0])
+                np.testing.assert_array_equal(expected[1], actual[1])
+
+    def test_a_large_batch_is_as_many_small_ones(self):
+        small = self.batches(4, 16, seed=1)
+        ((images, labels),) = self.batches(1, 64, seed=1)
+        np.testing.assert_array_equal(
+            images, np.concatenate([batch[0] for batch in small])
+        )
+        np.testing.assert_array_equal(
+            labels, np.concatenate([batch[1] for batch in small])
+        )
+
+    def test_seeds_and_passes_differ(self):
+        ((first, _), (second, _)) = self.batches(2, 1437, seed=1)
+        ((other, _),) = self.batches(1, 1437, seed=2)
+        assert not np.array_equal(first, second)
+        assert not np.array_equal(first, other)
+
+    def test_a_pass_has_every_image_once_shifted_at_most_a_pixel(self):
+        training_split, _ = data.splits()
+        ((images, labels),) = self.batches(1, 1437, seed=1)
+        assert (
+            np.bincount(labels).tolist()
+            == np.bincount(training_split.labels).tolist()
+        )
+        padded = np.pad(training_split.images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+        shifted = {
+            padded[i, y : y + 8, x : x + 8].tobytes()
+            for i in range(len(padded))
+            for y in range(3)
+            for x in range(3)
+        }
+        assert all(image.tobytes() in shifted for image in images)
+
+    def test_model_has_77_thousand_parameters(self):
+        model = train.task().model()
+        assert 76_000 < model.count_params() < 79_000
+        assert model.output_shape == (None, 10)
+
+    def test_only_kernels_decay(self):
+        model = train.task().model()
+        optimizer = train.task().optimizer(0.1)
+        optimizer.build(model.trainable_variables)
+        decaying = [
+            optimizer._use_weight_decay(v) for v in model.trainable_variables
+        ]
+        kernels = [v.name == "kernel" for v in model.trainable_variables]
+        assert decaying == kernels
+
+
+class TestDemo:
+    def fake(self, monkeypatch):
+        """Makes the demo train `one_layer` here; returns its commands."""
+        commands = []
+
+        def train_here(command, *, check, env):
+            assert check
+            assert command[1:3] == ["-m", "examples.digits.train"]
+            commands.append(command[3:])
+            with flagsaver.flagsaver():
+                absl_flags.FLAGS(["train", *command[3:]])
+                training.run(one_layer(), flags.settings())
+
+        monkeypatch.setattr(demo.subprocess, "run", train_here)
+        return commands
+
+    def test_table_and_picture_of_tiny_runs(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        commands = self.fake(monkeypatch)
+        runs = demo.main([f"--out={tmp_path}", "--scale=4", "--total_steps=20"])
+        assert [run.label for run in runs] == [
+            "SGD, S = 1",
+            "AdaScale, S = 4",
+            "LSW, S = 4",
+            "LSW+, S = 4",
+        ]
+        # LSW+ takes as many iterations as AdaScale did, LSW ceil(20 / 4).
+        plain, adascale, lsw, lsw_plus = (run.result for run in runs)
+        assert plain["iterations"] == 20
+        assert lsw["iterations"] == 5
+        assert lsw_plus["iterations"] == adascale["iterations"]
+        assert f"--iterations={adascale['iterations']}" in commands[-1]
+        printed = capsys.readouterr().out
+        assert demo.table(runs) in printed
+        with open(tmp_path / "figure1.png", "rb") as file:
+            assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+    def test_a_run_that_fails_ends_the_demo(self, tmp_path):
+        # No such scale: the process refuses its flags.
+        with pytest.raises(subprocess.CalledProcessError):
+            demo.train("adascale", str(tmp_path), scale=0)
+
+    def test_loss_is_averaged_over_as_many_examples_as_a_large_step(self):
+        # Two steps a row at S = 1: at S = 4 a step has the examples of 2 rows.
+        run = demo.Run({"scale": 1}, [2, 4, 6], {"loss": [4.0, 2.0, 1.0]})
+        assert demo.smoothed_loss(run, 4) == [4.0, 3.0, 1.5]
+        assert demo.smoothed_loss(run, 1) == [4.0, 2.0, 1.0]
