@@ -39,6 +39,7 @@ LAYERS = {
     "model": 3,
     "schedules": 3,
     "wrapper": 2,
+    "loss_scale": 1,
     "replicas": 1,
     "ema": 0,
     "gain": 0,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tf_adascale import ema, replicas
+from tf_adascale import ema, loss_scale, replicas
 
 
 class Step(NamedTuple):
@@ -71,7 +71,7 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def __init__(self, optimizer, *, name, **kwargs):
         _check_arguments(type(self).__name__, optimizer, kwargs)
-        stepping = _unscaled(optimizer)
+        stepping = loss_scale.stepping(optimizer)
         effective_rate = _Rate(lambda: self.effective_learning_rate)
         super().__init__(learning_rate=effective_rate, name=name)
         self.inner_optimizer = optimizer
@@ -161,6 +161,10 @@ class Wrapper(keras.optimizers.Optimizer):
         """Returns those of a list of slots that belong to `variables`."""
         return [slots[self._get_variable_index(v)] for v in variables]
 
+    @property
+    def _stepping(self):
+        return loss_scale.stepping(self.inner_optimizer)
+
     # The Keras optimizer.
 
     def build(self, variables):
@@ -207,18 +211,19 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def _finished_plan(self, variables, gradients, sample_sqnorm):
         """Returns the plan with the inner optimizer's settings applied."""
-        loss_scale = self._loss_scale()
-        step = self.plan(variables, gradients, sample_sqnorm, loss_scale)
+        scale = loss_scale.factor(self.inner_optimizer)
+        step = self.plan(variables, gradients, sample_sqnorm, scale)
         gradients = step.gradients
-        if loss_scale is not None:
-            gradients = [divided(g, loss_scale) for g in gradients]
-        stepping = _unscaled(self.inner_optimizer)
+        if scale is not None:
+            gradients = [_divided(g, scale) for g in gradients]
+        stepping = self._stepping
         return step._replace(gradients=stepping._clip_gradients(gradients))
 
     def _take(self, variables, step):
         """Lets the inner optimizer step on every device, or skips on all."""
-        taken = step.assignments + self._loss_scale_assignments(taken=True)
-        skipped = self._loss_scale_assignments(taken=False)
+        inner = self.inner_optimizer
+        taken = step.assignments + loss_scale.assignments(inner, finite=True)
+        skipped = loss_scale.assignments(inner, finite=False)
         skipped += [(self._skipped_steps, self._skipped_steps + 1)]
         momentum = self._ema_momentum(step.base_steps)
 
@@ -252,7 +257,7 @@ class Wrapper(keras.optimizers.Optimizer):
         )
 
     def _update(self, strategy, variable, gradient, rate):
-        stepping = _unscaled(self.inner_optimizer)
+        stepping = self._stepping
 
         def update(variable, gradient, rate):
             # Keras's _apply_weight_decay would leave the context of the update.
@@ -268,7 +273,7 @@ class Wrapper(keras.optimizers.Optimizer):
         replicas.update(strategy, variable, update, gradient, rate)
 
     def _ema_momentum(self, base_steps):
-        stepping = _unscaled(self.inner_optimizer)
+        stepping = self._stepping
         if not stepping.use_ema:
             return None
         momentum = ema.scaled_momentum(stepping.ema_momentum, base_steps)
@@ -276,7 +281,7 @@ class Wrapper(keras.optimizers.Optimizer):
         return tf.where(started, momentum, 0.0)
 
     def _average(self, strategy, momentum):
-        stepping = _unscaled(self.inner_optimizer)
+        stepping = self._stepping
         if not stepping.use_ema:
             return
         period = stepping.ema_overwrite_frequency
@@ -307,30 +312,10 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def add_loss_scale(self):
         """Puts a `LossScaleOptimizer` around the inner one, if none is."""
-        if not _is_loss_scaled(self.inner_optimizer):
+        if not loss_scale.is_dynamic(self.inner_optimizer):
             self.inner_optimizer = keras.optimizers.LossScaleOptimizer(
                 self.inner_optimizer
             )
-
-    def _loss_scale(self):
-        if _is_loss_scaled(self.inner_optimizer):
-            return tf.convert_to_tensor(self.inner_optimizer.dynamic_scale)
-        return self.inner_optimizer.loss_scale_factor
-
-    def _loss_scale_assignments(self, taken):
-        """As LossScaleOptimizer does: halve at once, double after a while."""
-        if not _is_loss_scaled(self.inner_optimizer):
-            return []
-        scale = self.inner_optimizer.dynamic_scale
-        counter = self.inner_optimizer.step_counter
-        if not taken:
-            return [(scale, scale / 2), (counter, tf.zeros_like(counter))]
-        steps = counter + 1
-        due = tf.equal(steps, self.inner_optimizer.dynamic_growth_steps)
-        return [
-            (scale, tf.where(due, scale * 2, scale)),
-            (counter, tf.where(due, tf.zeros_like(steps), steps)),
-        ]
 
     # Checks.
 
@@ -343,7 +328,7 @@ class Wrapper(keras.optimizers.Optimizer):
             )
         made_under = {
             self._distribution_strategy,
-            _unscaled(self.inner_optimizer)._distribution_strategy,
+            self._stepping._distribution_strategy,
         }
         if made_under != {replicas.strategy()}:
             raise ValueError(
@@ -407,7 +392,7 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         """Excludes variables from the inner optimizer's weight decay."""
-        _unscaled(self.inner_optimizer).exclude_from_weight_decay(
+        self._stepping.exclude_from_weight_decay(
             var_list=var_list, var_names=var_names
         )
 
@@ -415,7 +400,7 @@ class Wrapper(keras.optimizers.Optimizer):
         """Returns the configuration, with the rate that the user gave."""
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
         stepping = inner["config"]
-        if _is_loss_scaled(self.inner_optimizer):
+        if loss_scale.is_dynamic(self.inner_optimizer):
             stepping = stepping["inner_optimizer"]["config"]
         stepping["learning_rate"] = super().get_config()["learning_rate"]
         return {"optimizer": inner, "name": self.name}
@@ -447,26 +432,15 @@ class _Rate(keras.optimizers.schedules.LearningRateSchedule):
         return {}  # Wrapper.get_config puts the user's rate in its place.
 
 
-def divided(gradient, divisor):
+def _divided(gradient, divisor):
     """Returns a gradient divided by a scalar, keeping it sparse if it is."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(
-            divided(gradient.values, divisor),
+            _divided(gradient.values, divisor),
             gradient.indices,
             gradient.dense_shape,
         )
     return gradient / tf.cast(divisor, gradient.dtype)
-
-
-def _is_loss_scaled(optimizer):
-    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-
-
-def _unscaled(optimizer):
-    """Returns the optimizer that steps, without a loss scale around it."""
-    if _is_loss_scaled(optimizer):
-        return optimizer.inner_optimizer
-    return optimizer
 
 
 def _assign(strategy, assignments, values):
@@ -496,7 +470,7 @@ def _check_arguments(name, optimizer, kwargs):
             f"{name} cannot wrap this object. Expected an instance of "
             f"keras.optimizers.Optimizer. Received: optimizer={optimizer!r}"
         )
-    stepping = _unscaled(optimizer)
+    stepping = loss_scale.stepping(optimizer)
     if isinstance(optimizer, Wrapper) or isinstance(stepping, Wrapper):
         raise ValueError(
             f"{name} cannot wrap an optimizer that is a wrapper already. "

@@ -1,0 +1,57 @@
+"""Tests of tf_adascale.loss_scale."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_adascale import loss_scale
+
+
+def _loss_scaled(**kwargs):
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(1.0), **kwargs
+    )
+    optimizer.build([])
+    return optimizer
+
+
+def test_a_plain_optimizer_has_a_static_factor_or_none():
+    assert loss_scale.factor(keras.optimizers.SGD()) is None
+    sgd = keras.optimizers.SGD(loss_scale_factor=8.0)
+    assert loss_scale.factor(sgd) == 8.0
+    assert loss_scale.stepping(sgd) is sgd
+    assert loss_scale.assignments(sgd, finite=True) == []
+    assert loss_scale.assignments(sgd, finite=False) == []
+
+
+def test_a_dynamic_factor_is_the_scale_of_now():
+    optimizer = _loss_scaled(initial_scale=64.0)
+    optimizer.dynamic_scale.assign(16.0)
+    assert float(loss_scale.factor(optimizer)) == 16.0
+
+
+@pytest.mark.parametrize("growth_steps", [1, 3])
+def test_scale_follows_that_of_keras(growth_steps):
+    """The oracle is Keras, which on one replica decides right."""
+    finite = np.random.default_rng(0).random(40) < 0.8
+    arguments = {"initial_scale": 2.0**10, "dynamic_growth_steps": growth_steps}
+    variable = keras.Variable([0.0])
+    keras_way = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.0), **arguments
+    )
+    keras_way.build([variable])
+    ours = _loss_scaled(**arguments)
+    for is_finite in finite:
+        gradient = tf.constant([0.0 if is_finite else np.inf])
+        keras_way.apply([gradient], [variable])
+        for target, value in loss_scale.assignments(
+            ours, finite=bool(is_finite)
+        ):
+            target.assign(value)
+        assert float(loss_scale.factor(ours)) == float(
+            loss_scale.factor(keras_way)
+        )
+        assert int(ours.step_counter.numpy()) == int(
+            keras_way.step_counter.numpy()
+        )

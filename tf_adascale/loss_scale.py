@@ -1,0 +1,85 @@
+"""Keras's dynamic loss scale, without Keras's step.
+
+A `keras.optimizers.LossScaleOptimizer` decides by the gradients of one replica
+whether to step. Here it only keeps the scale; who steps says whether it could.
+"""
+
+import keras
+import tensorflow as tf
+
+
+def is_dynamic(optimizer):
+    """Returns whether an optimizer is a `LossScaleOptimizer`.
+
+    Example:
+
+    >>> is_dynamic(keras.optimizers.SGD())
+    False
+    """
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def stepping(optimizer):
+    """Returns the optimizer that steps: the one inside, if there is one.
+
+    Example:
+
+    >>> sgd = keras.optimizers.SGD()
+    >>> stepping(keras.optimizers.LossScaleOptimizer(sgd)) is sgd
+    True
+    """
+    return optimizer.inner_optimizer if is_dynamic(optimizer) else optimizer
+
+
+def factor(optimizer):
+    """Returns what the loss was multiplied by, or None for nothing.
+
+    Args:
+        optimizer: Keras optimizer; a `LossScaleOptimizer` must be built.
+
+    Returns:
+        Scalar float32, a number (the static `loss_scale_factor`), or None.
+
+    Example:
+
+    >>> factor(keras.optimizers.SGD(loss_scale_factor=128.0))
+    128.0
+    """
+    if is_dynamic(optimizer):
+        return tf.convert_to_tensor(optimizer.dynamic_scale)
+    return optimizer.loss_scale_factor
+
+
+def assignments(optimizer, *, finite):
+    """Returns how the scale changes with a step.
+
+    It is halved at once if the step's gradients are not finite, and doubled
+    after `dynamic_growth_steps` steps that were.
+
+    Args:
+        optimizer: Keras optimizer; a `LossScaleOptimizer` must be built.
+        finite: bool, for which of the two.
+
+    Returns:
+        List of `(variable, value)`; empty if the scale is not dynamic.
+
+    Example:
+
+    >>> optimizer = keras.optimizers.LossScaleOptimizer(
+    ...     keras.optimizers.SGD(), initial_scale=8.0)
+    >>> optimizer.build([])
+    >>> (_, halved), (_, steps) = assignments(optimizer, finite=False)
+    >>> float(halved), int(steps)
+    (4.0, 0)
+    """
+    if not is_dynamic(optimizer):
+        return []
+    scale, counter = optimizer.dynamic_scale, optimizer.step_counter
+    if not finite:
+        return [(scale, scale / 2), (counter, tf.zeros_like(counter))]
+    steps = counter + 1
+    due = tf.equal(steps, optimizer.dynamic_growth_steps)
+    return [
+        (scale, tf.where(due, scale * 2, scale)),
+        (counter, tf.where(due, tf.zeros_like(steps), steps)),
+    ]
