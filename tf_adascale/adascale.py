@@ -185,12 +185,13 @@ class AdaScale(wrapper.Wrapper):
 
     def plan(self, variables, gradients, sample_sqnorm, loss_scale):
         """Returns the step: the mean gradients, at the rate of this gain."""
-        self._check_samples(sample_sqnorm)
         # Sums over the replicas, each of which divided by their number.
         sqnorms = self._sample_sqnorms(gradients, sample_sqnorm)
         reduced = replicas.total(sqnorms + gradients)
         sqnorms, gradients = reduced[: len(sqnorms)], reduced[len(sqnorms) :]
-        sqnorm_of_mean = norms.squared_norm(gradients)
+        if self.num_replicas > 1:
+            gradients = [_without_repeats(g) for g in gradients]
+        sqnorm_of_mean = _squared_norm(gradients)
         unit = 1.0 if loss_scale is None else 1 / loss_scale
         averages, memory = self._averages(), []
         if self.estimator == "differenced":
@@ -200,8 +201,8 @@ class AdaScale(wrapper.Wrapper):
             mean_sqnorm = sqnorms[0] * (self.num_replicas / self.microbatches)
             averages = self._updated(
                 gain_lib.moments(
-                    mean_sqnorm * unit**2,
-                    sqnorm_of_mean * unit**2,
+                    mean_sqnorm * unit * unit,
+                    sqnorm_of_mean * unit * unit,
                     num_samples=self.num_samples,
                     scale=self.scale,
                 )
@@ -242,7 +243,7 @@ class AdaScale(wrapper.Wrapper):
         if not self.wants_sample_sqnorms:
             return []
         if sample_sqnorm is None:
-            sample_sqnorm = norms.squared_norm(gradients)
+            sample_sqnorm = _squared_norm(gradients)
         return [tf.cast(sample_sqnorm, tf.float32)]
 
     def _differenced(self, variables, gradients, unit):
@@ -252,8 +253,8 @@ class AdaScale(wrapper.Wrapper):
         present = [tf.convert_to_tensor(g) * unit for g in gradients]
         difference = [g - p for g, p in zip(present, previous)]
         moments = gain_lib.differenced_moments(
-            norms.squared_norm(difference),
-            norms.dot(present, previous),
+            _squared_norm(difference),
+            tf.cast(norms.dot(present, previous), tf.float32),
             scale=self.scale,
         )
         seen = _read(self._seen_steps)
@@ -293,7 +294,8 @@ class AdaScale(wrapper.Wrapper):
         power = gain if self.power == 1 else gain**self.power
         return rate * tf.cast(power, rate.dtype)
 
-    def _check_samples(self, sample_sqnorm):
+    def check_samples(self, sample_sqnorm):
+        """Refuses a step whose gain cannot be estimated."""
         if (
             self.num_samples == 1
             and self.scale != 1
@@ -323,6 +325,17 @@ class AdaScale(wrapper.Wrapper):
 
 def _read(variable):
     return tf.convert_to_tensor(variable)
+
+
+def _squared_norm(gradients):
+    return tf.cast(norms.squared_norm(gradients), tf.float32)
+
+
+def _without_repeats(gradient):
+    """Makes a sum over replicas, which only joins slices, one gradient."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return norms.deduplicated(gradient)
+    return gradient
 
 
 def _check_scale(scale):

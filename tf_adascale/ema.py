@@ -26,7 +26,7 @@ def scaled_momentum(momentum, gain):
     Reference: Busbridge et al., "How to Scale Your EMA", NeurIPS 2023, with
     the gain for their kappa.
     """
-    return tf.cast(momentum, gain.dtype) ** gain
+    return tf.constant(momentum, gain.dtype) ** gain
 
 
 def averaged(average, value, momentum):
@@ -37,7 +37,8 @@ def averaged(average, value, momentum):
     Args:
         average: floating tensor, the average so far.
         value: tensor of the same type and shape.
-        momentum: scalar in [0, 1], rho; 0 starts the average at `value`.
+        momentum: number or scalar in [0, 1], rho; 0 starts the average at
+            `value`.
 
     Returns:
         Tensor like `average`.
@@ -47,5 +48,7 @@ def averaged(average, value, momentum):
     >>> float(averaged(tf.constant(1.0), tf.constant(3.0), tf.constant(0.75)))
     1.5
     """
+    if not tf.is_tensor(momentum):
+        momentum = tf.constant(momentum, average.dtype)
     momentum = tf.cast(momentum, average.dtype)
     return momentum * average + (1 - momentum) * value

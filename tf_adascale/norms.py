@@ -41,7 +41,41 @@ def squared_norm(gradients, *, jit_compile=False):
     wide = all(gradient.dtype == tf.float64 for gradient in present)
     dtype = tf.float64 if wide else tf.float32
     square = _fused_sum_of_squares if jit_compile else _sum_of_squares
-    return square([_values(gradient) for gradient in present], dtype)
+    return square([_values(gradient, dtype) for gradient in present], dtype)
+
+
+def deduplicated(gradient):
+    """Returns a sparse gradient with the values of each index added up.
+
+    Args:
+        gradient: `tf.IndexedSlices` of k slices, with repeated indices.
+
+    Returns:
+        `tf.IndexedSlices` of k slices, for under XLA no shape may depend on the
+        data: where there are fewer indices, slices of zeros at index 0 are left
+        over.
+
+    Example:
+
+    >>> repeated = tf.IndexedSlices(tf.constant([1.0, 2.0]), [3, 3])
+    >>> deduplicated(repeated).values.numpy().tolist()
+    [3.0, 0.0]
+    """
+    # Slices of one index are adjacent after sorting; numbering the runs gives
+    # segments.
+    order = tf.argsort(gradient.indices)
+    indices = tf.gather(gradient.indices, order)
+    starts = tf.cast(indices[1:] != indices[:-1], tf.int32)
+    first = tf.zeros_like(indices[:1], tf.int32)
+    segments = tf.concat([first, tf.cumsum(starts)], 0)
+    count = tf.shape(indices)[0]
+    return tf.IndexedSlices(
+        tf.math.unsorted_segment_sum(
+            tf.gather(gradient.values, order), segments, count
+        ),
+        tf.maximum(tf.math.unsorted_segment_max(indices, segments, count), 0),
+        gradient.dense_shape,
+    )
 
 
 def dot(left, right):
@@ -81,20 +115,10 @@ _fused_sum_of_squares = tf.function(
 )
 
 
-def _values(gradient):
-    """Returns tensors whose squares sum to the squared norm of `gradient`."""
+def _values(gradient, dtype):
+    """Returns a tensor whose squares sum to the squared norm of `gradient`."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.convert_to_tensor(gradient)
-    # Rows of one index are adjacent after sorting; numbering the runs gives
-    # segments. No shape depends on the data, as XLA and TPUs require.
-    wide = tf.float64 if gradient.dtype == tf.float64 else tf.float32
-    order = tf.argsort(gradient.indices)
-    indices = tf.gather(gradient.indices, order)
-    starts = tf.cast(indices[1:] != indices[:-1], tf.int32)
-    first = tf.zeros_like(indices[:1], tf.int32)
-    segments = tf.concat([first, tf.cumsum(starts)], 0)
-    return tf.math.unsorted_segment_sum(
-        tf.cast(tf.gather(gradient.values, order), wide),
-        segments,
-        num_segments=tf.shape(indices)[0],
-    )
+    # In the wide type already here, for repeated indices are added.
+    wide = tf.cast(gradient.values, dtype)
+    return deduplicated(tf.IndexedSlices(wide, gradient.indices)).values

@@ -15,7 +15,8 @@ Keras 3.10 to 3.15, these are
     _check_variables_are_known       raises for any other variable
     _distribution_strategy           the strategy an optimizer was made under
     _clip_gradients                  clipnorm, clipvalue and global_clipnorm
-    _apply_weight_decay              replaced here; see `Wrapper._update`
+    _apply_weight_decay              replaced here, see `Wrapper._update`
+    _backend_update_step             replaced here, see `Wrapper._take`
     _use_weight_decay                whether a variable decays
     _model_variables_moving_average  the slots of `use_ema`
 """
@@ -98,6 +99,13 @@ class Wrapper(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
+    def check_samples(self, sample_sqnorm):
+        """Raises a ValueError if `plan` cannot do with what `apply` was given.
+
+        Args:
+            sample_sqnorm: as for `plan`.
+        """
+
     @property
     def effective_learning_rate(self):
         """Scalar: the rate of the last step's gain at the present progress."""
@@ -175,6 +183,7 @@ class Wrapper(keras.optimizers.Optimizer):
             self.inner_optimizer.build(variables)
         super().build(variables)
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None, *, sample_sqnorm=None):
         """Takes one step, in replica context.
 
@@ -195,9 +204,7 @@ class Wrapper(keras.optimizers.Optimizer):
         self._check_context()
         grads = list(grads)
         variables = self._matched_variables(grads, trainable_variables)
-        if not self.built:
-            self.build(variables)
-        self._check_variables_are_known(variables)
+        self.check_samples(sample_sqnorm)
         present = [(g, v) for g, v in zip(grads, variables) if g is not None]
         if not present:
             raise ValueError(
@@ -205,6 +212,9 @@ class Wrapper(keras.optimizers.Optimizer):
                 "least one variable: does the loss depend on the weights? "
                 f"Received: grads={grads}"
             )
+        if not self.built:
+            self.build(variables)
+        self._check_variables_are_known(variables)
         gradients, variables = map(list, zip(*present))
         step = self._finished_plan(variables, gradients, sample_sqnorm)
         self._take(variables, step)
@@ -225,16 +235,16 @@ class Wrapper(keras.optimizers.Optimizer):
         taken = step.assignments + loss_scale.assignments(inner, finite=True)
         skipped = loss_scale.assignments(inner, finite=False)
         skipped += [(self._skipped_steps, self._skipped_steps + 1)]
-        momentum = self._ema_momentum(step.base_steps)
 
-        def take(strategy, finite, gradients, rate, momentum, values):
+        def take(strategy, finite, gradients, rate, base_steps, values):
             def update():
                 _assign(strategy, taken, values[0])
                 for variable, gradient in zip(variables, gradients):
                     self._update(strategy, variable, gradient, rate)
-                self._average(strategy, momentum)
+                self._average(strategy, base_steps)
                 for variable in variables:
                     _constrain(strategy, variable)
+                _increment(strategy, self._iterations)
                 _increment(strategy, self.iterations)
                 return True
 
@@ -252,7 +262,7 @@ class Wrapper(keras.optimizers.Optimizer):
             step.finite,
             step.gradients,
             step.learning_rate,
-            momentum,
+            step.base_steps,
             [[v for _, v in taken], [v for _, v in skipped]],
         )
 
@@ -272,37 +282,30 @@ class Wrapper(keras.optimizers.Optimizer):
 
         replicas.update(strategy, variable, update, gradient, rate)
 
-    def _ema_momentum(self, base_steps):
-        stepping = self._stepping
-        if not stepping.use_ema:
-            return None
-        momentum = ema.scaled_momentum(stepping.ema_momentum, base_steps)
-        started = tf.convert_to_tensor(self.iterations) > 0
-        return tf.where(started, momentum, 0.0)
-
-    def _average(self, strategy, momentum):
+    def _average(self, strategy, base_steps):
         stepping = self._stepping
         if not stepping.use_ema:
             return
         period = stepping.ema_overwrite_frequency
 
+        def average(average, variable, base_steps):
+            momentum = ema.scaled_momentum(
+                stepping.ema_momentum, tf.cast(base_steps, average.dtype)
+            )
+            started = tf.cast(self.iterations.value > 0, average.dtype)
+            average.assign(ema.averaged(average, variable, started * momentum))
+
         def overwrite(variable, average):
             due = (self.iterations.value + 1) % period == 0
             variable.assign(tf.where(due, average, variable))
 
-        for variable, average in zip(
+        for variable, slot in zip(
             stepping._trainable_variables,
             stepping._model_variables_moving_average,
         ):
-            replicas.update(
-                strategy,
-                average,
-                lambda a, v, m: a.assign(ema.averaged(a, v, m)),
-                variable,
-                momentum,
-            )
+            replicas.update(strategy, slot, average, variable, base_steps)
             if period:
-                replicas.update(strategy, variable, overwrite, average)
+                replicas.update(strategy, variable, overwrite, slot)
 
     # Loss scale.
 
@@ -316,6 +319,8 @@ class Wrapper(keras.optimizers.Optimizer):
             self.inner_optimizer = keras.optimizers.LossScaleOptimizer(
                 self.inner_optimizer
             )
+            if self.built:
+                self.inner_optimizer.build(self._trainable_variables)
 
     # Checks.
 
@@ -348,10 +353,10 @@ class Wrapper(keras.optimizers.Optimizer):
         variables = list(
             self._trainable_variables if variables is None else variables
         )
-        shapes = [None if g is None else tuple(g.shape) for g in grads]
+        shapes = [None if g is None else _shape(g) for g in grads]
         expected = [tuple(v.shape) for v in variables]
         if len(grads) != len(variables) or not all(
-            g is None or tf.TensorShape(g).is_compatible_with(v)
+            tf.TensorShape(g).is_compatible_with(v)
             for g, v in zip(shapes, expected)
         ):
             raise ValueError(
@@ -364,9 +369,9 @@ class Wrapper(keras.optimizers.Optimizer):
     # Saving. Keras saves the inner optimizer by itself: it is an attribute.
 
     def save_own_variables(self, store):
-        """Saves this optimizer's own variables, by name."""
-        for variable in self._variables:
-            store[variable.name] = variable.numpy()
+        """Saves this optimizer's own variables."""
+        for index, variable in enumerate(self._variables):
+            store[str(index)] = variable.numpy()
 
     def load_own_variables(self, store):
         """Loads what `save_own_variables` saved.
@@ -374,17 +379,18 @@ class Wrapper(keras.optimizers.Optimizer):
         Raises:
             ValueError: if it is the state of another optimizer or model.
         """
-        expected = {v.name: tuple(v.shape) for v in self._variables}
-        names = list(store.keys())  # Keras's stores have keys, no iterator.
-        received = {name: tuple(store[name].shape) for name in names}
+        expected = [tuple(v.shape) for v in self._variables]
+        # Numbered names, and Keras's stores have keys but no iterator.
+        names = sorted(store.keys(), key=int)
+        received = [tuple(store[name].shape) for name in names]
         if expected != received:
             raise ValueError(
                 f"The state saved for {self.name} is that of another optimizer "
-                "or model. Expected variables of these names and shapes: "
+                "or model. Expected variables of these shapes: "
                 f"{expected}. Received: {received}"
             )
-        for variable in self._variables:
-            variable.assign(store[variable.name])
+        for name, variable in zip(names, self._variables):
+            variable.assign(store[name])
 
     def finalize_variable_values(self, var_list):
         """Ends training as the inner optimizer does."""
@@ -430,6 +436,11 @@ class _Rate(keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self):
         return {}  # Wrapper.get_config puts the user's rate in its place.
+
+
+def _shape(gradient):
+    """Returns a gradient's shape, or None if even its rank is unknown."""
+    return None if gradient.shape.rank is None else tuple(gradient.shape)
 
 
 def _divided(gradient, divisor):
@@ -485,10 +496,18 @@ def _check_arguments(name, optimizer, kwargs):
             "gradient_accumulation_steps="
             f"{stepping.gradient_accumulation_steps}"
         )
-    stock = keras.optimizers.Optimizer._apply_weight_decay
-    if type(stepping)._apply_weight_decay is not stock:
+    if isinstance(stepping._learning_rate, _Rate):
         raise ValueError(
-            "The inner optimizer decays weights in a way of its own, which "
-            f"{name} cannot follow. Expected an optimizer with Keras's weight "
-            f"decay. Received: optimizer={optimizer!r}"
+            f"{name} cannot wrap an optimizer that is in a wrapper already. "
+            "Expected a new optimizer. Received: "
+            f"optimizer={optimizer!r}"
         )
+    for hook in ("_apply_weight_decay", "_backend_update_step"):
+        stock = getattr(keras.optimizers.Optimizer, hook)
+        if getattr(type(stepping), hook) is not stock:
+            raise ValueError(
+                "The inner optimizer steps in a way of its own, which "
+                f"{name} cannot follow. Expected one that does not override "
+                f"{hook} of keras.optimizers.Optimizer. Received: "
+                f"optimizer={optimizer!r}"
+            )

@@ -1,0 +1,347 @@
+"""Times AdaScale's training step over plain SGD's: `make bench`.
+
+Under two logical CPU devices, for a wide MLP (many parameters, little
+arithmetic: the hardest case for anything that reads gradients) and ResNet-18.
+README.md says what a run printed.
+
+All variants of a workload live in one process and take turns, a few steps each,
+in an order that rotates, so that what else the machine does meets all of them
+alike. A ratio is that of two turns of one round; medians and quartiles are over
+the rounds. Both the time on the clock and the time of the processor, over all
+threads, are measured: the second does not count what other processes take. A
+second plain SGD, `sgd_again`, shows the noise: without any, its ratio is 1.
+
+One batch stays in memory, the same for all, and there is no input pipeline.
+Peak memory is measured before, in a process for each variant.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+from keras import layers
+
+import tf_adascale
+
+NUM_REPLICAS = 2
+NUM_CLASSES = 10
+WARMUP_STEPS = 3
+MEMORY_STEPS = 5
+
+
+class Workload(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        connect: function of the input to the logits of `NUM_CLASSES` classes.
+        input_shape: tuple of int, of one example.
+        batch: int, examples per replica.
+    """
+
+    connect: Callable[[Any], Any]
+    input_shape: tuple[int, ...]
+    batch: int
+
+
+class Variant(NamedTuple):
+    """What trains it.
+
+    Attributes:
+        model: the class of the model.
+        optimizer: function that returns the optimizer.
+    """
+
+    model: Callable[..., keras.Model]
+    optimizer: Callable[[], keras.optimizers.Optimizer]
+
+
+class Times(NamedTuple):
+    """How long the turns of one variant took.
+
+    Attributes:
+        clock: float64 array (rounds,), seconds per step.
+        processor: float64 array (rounds,), seconds per step over all threads.
+    """
+
+    clock: np.ndarray
+    processor: np.ndarray
+
+
+class Trainer(NamedTuple):
+    """A compiled model and a function that takes a number of steps with it."""
+
+    model: keras.Model
+    train: Callable[[int], None]
+
+
+# Workloads.
+
+
+def mlp(x):
+    """Connects 3072-2048-2048-10: 10.5 million parameters."""
+    for width in (2048, 2048):
+        x = layers.Dense(width, activation="relu")(x)
+    return layers.Dense(NUM_CLASSES)(x)
+
+
+def resnet18(x):
+    """Connects ResNet-18 v2 for 32x32 images: 11.2 million parameters.
+
+    Reference: He et al., "Identity Mappings in Deep Residual Networks", 2016.
+    """
+    x = _convolution(64)(x)
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            strides = 2 if stage > 0 and block == 0 else 1
+            activated = _activation(x)
+            if strides > 1:
+                x = _convolution(width, kernel=1, strides=strides)(activated)
+            y = _convolution(width, strides=strides)(activated)
+            y = _convolution(width)(_activation(y))
+            x = layers.Add()([x, y])
+    x = layers.GlobalAveragePooling2D()(_activation(x))
+    return layers.Dense(NUM_CLASSES)(x)
+
+
+def _convolution(width, *, kernel=3, strides=1):
+    return layers.Conv2D(
+        width, kernel, strides=strides, padding="same", use_bias=False
+    )
+
+
+def _activation(x):
+    return layers.ReLU()(layers.BatchNormalization()(x))
+
+
+def _sgd():
+    return keras.optimizers.SGD(1e-3, momentum=0.9)
+
+
+WORKLOADS = {
+    "mlp": Workload(mlp, (3072,), 32),
+    "resnet18": Workload(resnet18, (32, 32, 3), 8),
+}
+
+# The reference of the ratios.
+BASELINE = "sgd"
+
+VARIANTS = {
+    "adascale": Variant(
+        tf_adascale.Model, lambda: tf_adascale.AdaScale(_sgd())
+    ),
+    "sgd": Variant(tf_adascale.Model, _sgd),
+    "sgd_again": Variant(tf_adascale.Model, _sgd),
+    "keras_sgd": Variant(keras.Model, _sgd),
+}
+
+
+# Measurements.
+
+
+def make_strategy():
+    """Returns a strategy of `NUM_REPLICAS` logical CPU devices.
+
+    Call it before anything else touches TensorFlow.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * NUM_REPLICAS
+    )
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{index}" for index in range(NUM_REPLICAS)]
+    )
+
+
+def make_batch(workload, strategy):
+    """Returns a batch of random examples and labels, a part per replica."""
+    rng = np.random.default_rng(0)
+
+    def part(context):
+        del context  # Parts differ: the generator goes on.
+        x = rng.standard_normal((workload.batch, *workload.input_shape))
+        y = rng.integers(NUM_CLASSES, size=workload.batch)
+        return tf.constant(x, "float32"), tf.constant(y, "int32")
+
+    return strategy.experimental_distribute_values_from_function(part)
+
+
+def make_trainer(workload, variant, strategy, batch):
+    """Returns a `Trainer` that has taken `WARMUP_STEPS`, and so is compiled."""
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        inputs = keras.Input(workload.input_shape)
+        model = variant.model(inputs, workload.connect(inputs))
+        model.compile(
+            optimizer=variant.optimizer(),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=False,
+        )
+        model.optimizer.build(model.trainable_variables)
+    model.make_train_function()
+    batches = itertools.repeat(batch)
+
+    def train(steps):
+        logs = {}
+        for _ in range(steps):
+            logs = model.train_function(batches)
+        float(logs["loss"])  # Returns when the step is done.
+
+    train(WARMUP_STEPS)
+    return Trainer(model, train)
+
+
+def interleaved(trainers, *, rounds, steps, on_round):
+    """Returns the `Times` of each trainer.
+
+    Args:
+        trainers: dict of functions that take a number of steps.
+        rounds: int >= 1, turns of each trainer.
+        steps: int >= 1, steps per turn.
+        on_round: function called after each round.
+    """
+    times = {
+        name: Times(np.zeros(rounds), np.zeros(rounds)) for name in trainers
+    }
+    names = list(trainers)
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            clock, processor = time.perf_counter(), time.process_time()
+            trainers[name](steps)
+            times[name].clock[index] = time.perf_counter() - clock
+            times[name].processor[index] = time.process_time() - processor
+        on_round()
+    return {
+        name: Times(*(seconds / steps for seconds in taken))
+        for name, taken in times.items()
+    }
+
+
+def state_bytes(optimizer):
+    """Returns the bytes of an optimizer's variables, on one device."""
+    return sum(
+        int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
+        for variable in optimizer.variables
+    )
+
+
+def peak_memory(workload, variant):
+    """Returns the peak resident bytes of a process that trains one variant.
+
+    Args:
+        workload: str, of `WORKLOADS`.
+        variant: str, of `VARIANTS`.
+    """
+    # Linux hands the peak of the parent down to its children: to be called
+    # before this process trains anything.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_trained_peak, (workload, variant))
+
+
+def _trained_peak(workload, variant):
+    workload, variant = WORKLOADS[workload], VARIANTS[variant]
+    strategy = make_strategy()
+    batch = make_batch(workload, strategy)
+    make_trainer(workload, variant, strategy, batch).train(MEMORY_STEPS)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# The report.
+
+
+def table(times, models, memory):
+    """Returns the lines of a workload's table.
+
+    Args:
+        times: dict of `Times`, as `interleaved` returns them.
+        models: dict of models of the same names.
+        memory: dict of peak resident bytes, possibly empty.
+    """
+    lines = [
+        f"{'':10}{'clock ms':>10}{'over sgd':>24}{'CPU ms':>10}"
+        f"{'over sgd':>24}{'peak MiB':>10}{'state bytes':>13}"
+    ]
+    for name, taken in times.items():
+        cells = [f"{name:10}"]
+        for seconds, reference in zip(taken, times[BASELINE]):
+            cells.append(f"{1000 * np.median(seconds):10.1f}")
+            cells.append(f"{_quartiles(seconds / reference):>24}")
+        peak = f"{memory[name] / 2**20:.0f}" if name in memory else "-"
+        cells.append(f"{peak:>10}{state_bytes(models[name].optimizer):13,}")
+        lines.append("".join(cells))
+    return lines
+
+
+def _quartiles(ratios):
+    low, median, high = np.percentile(ratios, [25, 50, 75])
+    return f"{median:.3f} ({low:.3f}-{high:.3f})"
+
+
+def measure(name, strategy, *, memory, rounds, steps):
+    """Times all variants of a workload and prints its table."""
+    workload = WORKLOADS[name]
+    batch = make_batch(workload, strategy)
+    trainers = {
+        variant: make_trainer(workload, VARIANTS[variant], strategy, batch)
+        for variant in VARIANTS
+    }
+    progress = keras.utils.Progbar(rounds, unit_name="round")
+    times = interleaved(
+        {variant: trainer.train for variant, trainer in trainers.items()},
+        rounds=rounds,
+        steps=steps,
+        on_round=functools.partial(progress.add, 1),
+    )
+    models = {variant: trainer.model for variant, trainer in trainers.items()}
+    count = models[BASELINE].count_params() / 1e6
+    print(
+        f"\n{name}: {count:.1f}M parameters, {NUM_REPLICAS} replicas of "
+        f"{workload.batch} examples, {rounds} rounds of {steps} steps"
+    )
+    print("\n".join(table(times, models, memory)), flush=True)
+
+
+BLOCKS = flags.DEFINE_integer(
+    "blocks", 30, "Rounds, in each of which every variant has a turn.", 1
+)
+STEPS = flags.DEFINE_integer("steps", 3, "Steps per turn.", 1)
+MODELS = flags.DEFINE_multi_enum(
+    "models", list(WORKLOADS), list(WORKLOADS), "What is trained; repeatable."
+)
+MEMORY = flags.DEFINE_bool("memory", True, "Whether to measure memory too.")
+
+
+def main(arguments):
+    """Measures and prints."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"Unknown arguments: {arguments[1:]}")
+    # TensorFlow tells of each all-reduce, and takes many models for an error.
+    logging.set_verbosity(logging.ERROR)
+    memory = {name: {} for name in MODELS.value}
+    if MEMORY.value:
+        for name, variant in itertools.product(MODELS.value, VARIANTS):
+            print(f"memory of {name}, {variant}", flush=True)
+            memory[name][variant] = peak_memory(name, variant)
+    strategy = make_strategy()
+    for name in MODELS.value:
+        measure(
+            name,
+            strategy,
+            memory=memory[name],
+            rounds=BLOCKS.value,
+            steps=STEPS.value,
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,106 @@
+"""The benchmark's functions, on a model too small to say anything of speed."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from benchmarks import step_time
+
+
+def _connect(x):
+    return layers.Dense(step_time.NUM_CLASSES)(x)
+
+
+TOY = step_time.Workload(_connect, (3,), 4)
+
+
+def _input(name):
+    return keras.Input(step_time.WORKLOADS[name].input_shape)
+
+
+def test_mlp_has_its_size():
+    inputs = _input("mlp")
+    model = keras.Model(inputs, step_time.mlp(inputs))
+    # (3072 + 1) 2048 + (2048 + 1) 2048 + (2048 + 1) 10
+    assert model.count_params() == 10_510_346
+
+
+def test_resnet18_has_its_layers():
+    inputs = _input("resnet18")
+    model = keras.Model(inputs, step_time.resnet18(inputs))
+    kernels = [
+        layer.kernel.shape[:2]
+        for layer in model.layers
+        if isinstance(layer, layers.Conv2D)
+    ]
+    # The stem, two in each of four times two blocks; a shortcut per new width.
+    assert kernels.count((3, 3)) == 1 + 2 * 4 * 2
+    assert kernels.count((1, 1)) == 3
+    assert model.output_shape == (None, step_time.NUM_CLASSES)
+
+
+@pytest.mark.parametrize("name", step_time.VARIANTS)
+def test_each_variant_takes_the_steps_that_are_timed(name, strategy_of):
+    strategy = strategy_of(step_time.NUM_REPLICAS)
+    batch = step_time.make_batch(TOY, strategy)
+    variant = step_time.VARIANTS[name]
+    trainer = step_time.make_trainer(TOY, variant, strategy, batch)
+    trainer.train(2)
+    iterations = int(tf.convert_to_tensor(trainer.model.optimizer.iterations))
+    assert iterations == step_time.WARMUP_STEPS + 2
+
+
+def test_the_batch_is_the_same_every_time_and_differs_by_replica(strategy_of):
+    strategy = strategy_of(2)
+    batches = [step_time.make_batch(TOY, strategy) for _ in range(2)]
+    first, second = (
+        [x.numpy() for x in strategy.experimental_local_results(batch[0])]
+        for batch in batches
+    )
+    np.testing.assert_array_equal(first, second)
+    assert first[0].shape == (4, 3)
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_turns_rotate():
+    turns = []
+    trainers = {
+        name: lambda steps, name=name: turns.append((name, steps))
+        for name in "ab"
+    }
+    rounds = []
+    times = step_time.interleaved(
+        trainers, rounds=3, steps=5, on_round=lambda: rounds.append(len(turns))
+    )
+    assert "".join(name for name, _ in turns) == "abbaab"
+    assert {steps for _, steps in turns} == {5}
+    assert rounds == [2, 4, 6]
+    assert times["a"].clock.shape == times["b"].processor.shape == (3,)
+
+
+def test_table_has_medians_of_the_ratios_of_each_round():
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([])
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile(optimizer=optimizer)
+    times = {
+        # Ratios 4, 1.5 and 1: the ratio of the medians would be 2.
+        "adascale": step_time.Times(np.array([4.0, 3.0, 4.0]), np.ones(3)),
+        "sgd": step_time.Times(np.array([1.0, 2.0, 4.0]), np.ones(3)),
+    }
+    models = dict.fromkeys(times, model)
+    lines = step_time.table(times, models, {"sgd": 3 * 2**20})
+    # The iterations (int64) and the learning rate (float32).
+    cells = lines[1].split()
+    assert cells[:4] == ["adascale", "4000.0", "1.500", "(1.250-2.750)"]
+    assert cells[-2:] == ["-", "12"]
+    assert lines[2].split()[-2:] == ["3", "12"]
+
+
+def test_state_counts_every_variable():
+    optimizer = keras.optimizers.SGD(momentum=0.9)
+    optimizer.build([keras.Variable(np.zeros((2, 3), "float32"))])
+    # Iterations 8, learning rate 4, momentum 6 x 4 bytes.
+    assert step_time.state_bytes(optimizer) == 36
