@@ -1064,8 +1064,8 @@ class TestOwnVariables:
             match=three_parts(
                 "The state saved for adascale is that of another optimizer or "
                 "model.",
-                "variables of these shapes: [(), ",
-                "[(), ",
+                "variables of these shapes: {'0': [], ",
+                "{'0': [], ",
             ),
         ):
             second.load_own_variables(store)

@@ -121,6 +121,14 @@ class Model(keras.Model):
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
+    def load_weights(self, filepath, **kwargs):
+        """Loads the weights, and the optimizer's state if the file has it."""
+        optimizer = self.optimizer
+        if self.built and optimizer is not None and not optimizer.built:
+            with self.distribute_strategy.scope():
+                optimizer.build(self.trainable_variables)
+        super().load_weights(filepath, **kwargs)
+
     # One step of one replica.
 
     def train_step(self, data):

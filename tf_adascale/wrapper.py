@@ -24,6 +24,7 @@ Keras 3.10 to 3.15, these are
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_adascale import ema, loss_scale, replicas
@@ -369,28 +370,46 @@ class Wrapper(keras.optimizers.Optimizer):
     # Saving. Keras saves the inner optimizer by itself: it is an attribute.
 
     def save_own_variables(self, store):
-        """Saves this optimizer's own variables."""
+        """Saves this optimizer's own variables, and what belongs to them."""
         for index, variable in enumerate(self._variables):
             store[str(index)] = variable.numpy()
+        store["shapes"] = self._shapes()
 
     def load_own_variables(self, store):
         """Loads what `save_own_variables` saved.
 
+        Where nothing was saved, by a model without an optimizer, Keras warns.
+
         Raises:
             ValueError: if it is the state of another optimizer or model.
         """
-        expected = [tuple(v.shape) for v in self._variables]
-        # Numbered names, and Keras's stores have keys but no iterator.
-        names = sorted(store.keys(), key=int)
-        received = [tuple(store[name].shape) for name in names]
+        names = list(store.keys())  # Keras's stores have no iterator.
+        if not names:
+            super().load_own_variables(store)
+            return
+        expected = {
+            str(index): list(variable.shape)
+            for index, variable in enumerate(self._variables)
+        }
+        received = {name: list(store[name].shape) for name in names}
+        # Keras loads the inner optimizer by itself, and another model's too.
+        expected["shapes"] = self._shapes().tolist()
+        if "shapes" in received:
+            received["shapes"] = np.asarray(store["shapes"]).tolist()
         if expected != received:
             raise ValueError(
                 f"The state saved for {self.name} is that of another optimizer "
-                "or model. Expected variables of these shapes: "
-                f"{expected}. Received: {received}"
+                f"or model. Expected variables of these shapes: {expected}. "
+                f"Received: {received}"
             )
-        for name, variable in zip(names, self._variables):
-            variable.assign(store[name])
+        for index, variable in enumerate(self._variables):
+            variable.assign(store[str(index)])
+
+    def _shapes(self):
+        """Returns rank and sizes of each slot and weight, all in one array."""
+        variables = self.inner_optimizer.variables + self._trainable_variables
+        shapes = [[len(v.shape), *v.shape] for v in variables]
+        return np.array([size for shape in shapes for size in shape], "int64")
 
     def finalize_variable_values(self, var_list):
         """Ends training as the inner optimizer does."""
