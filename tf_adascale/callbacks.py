@@ -23,7 +23,8 @@ class StopAtScaleInvariantStep(keras.callbacks.Callback):
         tau_t >= T_SI
 
     `fit` must be given epochs enough: training takes at most T_SI steps. With
-    `steps_per_execution=m` it ends up to m - 1 steps late.
+    `steps_per_execution=m` it ends up to m - 1 steps late, and where the total
+    is reached before it begins, one step late: Keras asks after a step.
 
     Args:
         total_steps: number > 0, T_SI: the steps that training takes at the base
@@ -76,7 +77,8 @@ class ScalingLog(keras.callbacks.Callback):
     These are `gain`, `scale_invariant_step`, `learning_rate` (the effective
     one), `gradient_variance`, `gradient_sqnorm` and `noise_scale`. The progress
     bar, History, CSVLogger and TensorBoard then show them. Callbacks see the
-    logs in the order they are listed in: list this one first.
+    logs in the order they are listed in: list this one first. (TensorBoard of
+    Keras 3.10 puts `optimizer.learning_rate` in place of an epoch's rate.)
 
     Raises:
         ValueError: at the start of training, if the model's optimizer has no

@@ -69,8 +69,8 @@ def summed(function, parts, count):
     Args:
         function: callable of one part's tensors that returns `(terms,
             outputs)`: a list of tensors of known shapes, or None, to be summed;
-            and nested tensors whose first axes are to be joined. Which terms
-            are None is the same for every part.
+            and nested tensors, or None, whose first axes are to be joined.
+            Which of them are None is the same for every part.
         parts: list of nested tensors, or None, with a first axis of `count`.
         count: int >= 1.
 
@@ -98,29 +98,38 @@ def summed(function, parts, count):
     terms, outputs = function.get_concrete_function(
         *tf.nest.map_structure(lambda x: None if x is None else x[0], parts)
     ).structured_outputs
-    sums = [tf.zeros(x.shape, x.dtype) for x in terms if x is not None]
+    sums = [tf.zeros(x.shape, x.dtype) for x in _present(terms)]
     arrays = [
         tf.TensorArray(x.dtype, count, element_shape=x.shape)
-        for x in tf.nest.flatten(outputs)
+        for x in _present(outputs)
     ]
 
     def add(index, sums, arrays):
         terms, outputs = call(index)
-        present = [x for x in terms if x is not None]
-        sums = [total + x for total, x in zip(sums, present)]
+        sums = [total + x for total, x in zip(sums, _present(terms))]
         arrays = [
-            array.write(index, x)
-            for array, x in zip(arrays, tf.nest.flatten(outputs))
+            array.write(index, x) for array, x in zip(arrays, _present(outputs))
         ]
         return index + 1, sums, arrays
 
     _, sums, arrays = tf.while_loop(
         lambda index, *_: index < count, add, (0, sums, arrays)
     )
-    present = iter(sums)
     return (
-        [None if x is None else next(present) for x in terms],
-        tf.nest.pack_sequence_as(outputs, [x.concat() for x in arrays]),
+        _filled(terms, sums),
+        _filled(outputs, [array.concat() for array in arrays]),
+    )
+
+
+def _present(structure):
+    return [x for x in tf.nest.flatten(structure) if x is not None]
+
+
+def _filled(structure, values):
+    """Returns a structure with new values in the places that are not None."""
+    values = iter(values)
+    return tf.nest.map_structure(
+        lambda x: None if x is None else next(values), structure
     )
 
 

@@ -18,6 +18,7 @@ The only module that knows what Keras models do not document. Checked on Keras
     _symbolic_build          builds a model from a batch
     _distribute_strategy     the strategy the model was made under, or None
     _loss_tracker            the metric `loss`
+    _keras_mask              the mask of a tensor; compiled metrics look for it
 """
 
 import keras
@@ -74,7 +75,9 @@ class Model(keras.Model):
             *args: as for `keras.Model.compile`.
             microbatches: int >= 1, k. Each replica's batch is split in k, each
                 part one gradient sample with its own batch statistics; the mean
-                of their gradients is applied. k must divide the batch.
+                of their gradients is applied. k must divide the batch. A loss
+                that Keras averages over weights or masks is averaged within
+                each part.
             auto_scale_loss: as for `keras.Model`, except that under the policy
                 "mixed_float16" the `LossScaleOptimizer` goes inside AdaScale,
                 which looks for overflows on every replica.
@@ -86,21 +89,25 @@ class Model(keras.Model):
         Raises:
             ValueError: if `microbatches` is not an int >= 1.
         """
-        if not isinstance(microbatches, int) or microbatches < 1:
+        is_int = isinstance(microbatches, int) and microbatches is not True
+        if not is_int or microbatches < 1:
             raise ValueError(
                 "A batch cannot be split in this many parts. Expected an int "
                 f">= 1. Received: microbatches={microbatches!r}"
             )
         optimizer = keras.optimizers.get(optimizer)
-        if isinstance(optimizer, wrapper.Wrapper):
+        is_wrapper = isinstance(optimizer, wrapper.Wrapper)
+        super().compile(
+            optimizer,
+            *args,
+            auto_scale_loss=auto_scale_loss and not is_wrapper,
+            **kwargs,
+        )
+        self.microbatches = microbatches
+        if is_wrapper:
             optimizer.microbatches = microbatches
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.add_loss_scale()
-            auto_scale_loss = False
-        super().compile(
-            optimizer, *args, auto_scale_loss=auto_scale_loss, **kwargs
-        )
-        self.microbatches = microbatches
         self._compute = tf.function(
             self._gradients,
             autograph=False,
@@ -139,7 +146,8 @@ class Model(keras.Model):
             parts = _mapped(
                 lambda v: microbatches.split(v, self.microbatches), parts
             )
-        gradients, sqnorm, loss, y_pred = self._compute(*parts)
+        gradients, sqnorm, loss, (y_pred, masks) = self._compute(*parts)
+        _put_masks(y_pred, masks)
         self._loss_tracker.update_state(loss, sample_weight=_length(x))
         statistics = {} if sqnorm is None else {"sample_sqnorm": sqnorm}
         self.optimizer.apply(gradients, self.trainable_variables, **statistics)
@@ -157,27 +165,28 @@ class Model(keras.Model):
         Returns:
             A tuple of the mean of the samples' gradients, as the optimizer
             wants it; the sum of their squared norms, or None if it does not
-            want it; the mean loss; and the predictions for the whole batch.
+            want it; the mean loss; and a tuple of the predictions for the whole
+            batch and their masks.
         """
         count = self.microbatches
         if count == 1:
             return self._sample(x, y, sample_weight)
 
         def terms(*part):
-            gradients, sqnorm, loss, y_pred = self._sample(*part)
+            gradients, sqnorm, loss, outputs = self._sample(*part)
             dense = [
                 None if g is None else tf.ensure_shape(g, v.shape)
                 for g, v in zip(gradients, self.trainable_variables)
             ]
-            return [*dense, sqnorm, loss], y_pred
+            return [*dense, sqnorm, loss], outputs
 
-        (*sums, sqnorm, loss), y_pred = microbatches.summed(
+        (*sums, sqnorm, loss), outputs = microbatches.summed(
             terms, [x, y, sample_weight], count
         )
         *gradients, loss = [
             None if total is None else total / count for total in [*sums, loss]
         ]
-        return gradients, sqnorm, loss, y_pred
+        return gradients, sqnorm, loss, outputs
 
     def _sample(self, x, y, sample_weight):
         """Returns `_gradients` for one gradient sample."""
@@ -193,7 +202,8 @@ class Model(keras.Model):
             sqnorm = norms.squared_norm(gradients)
         # Keras divided the loss by the number of replicas.
         num_replicas = self.distribute_strategy.num_replicas_in_sync
-        return gradients, sqnorm, loss * num_replicas, y_pred
+        outputs = y_pred, keras.tree.map_structure(_mask, y_pred)
+        return gradients, sqnorm, loss * num_replicas, outputs
 
     # Executions: steps of all replicas.
 
@@ -222,8 +232,13 @@ class Model(keras.Model):
     def _executor(self, step):
         strategy = self.distribute_strategy
 
+        def step_of_replica(batch):
+            # Keras 3.10 run eagerly returns floats, of which there is no mean.
+            return _mapped(tf.convert_to_tensor, step(batch))
+
         def run(batch):
-            return replicas.run(strategy, step, _without_optionals(batch))
+            batch = _without_optionals(batch)
+            return replicas.run(strategy, step_of_replica, batch)
 
         def reduce(outputs):
             return _mapped(lambda v: replicas.mean(strategy, v), outputs)
@@ -332,6 +347,17 @@ def _without_optionals(batch):
     return _mapped(
         lambda v: None if isinstance(v, tf.experimental.Optional) else v, batch
     )
+
+
+def _mask(tensor):
+    return getattr(tensor, "_keras_mask", None)
+
+
+def _put_masks(tensors, masks):
+    """Puts masks on tensors: they do not survive a `tf.function`."""
+    for tensor, mask in zip(tf.nest.flatten(tensors), tf.nest.flatten(masks)):
+        if mask is not None:
+            tensor._keras_mask = mask
 
 
 def _length(x):

@@ -1,0 +1,120 @@
+"""K1: `fit` under MultiWorkerMirroredStrategy, in two real processes."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import multiworker_worker
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.multiworker
+
+TESTS = pathlib.Path(__file__).parent
+NUM_WORKERS = 2
+# Both start in some 10 seconds; a machine may be busy.
+TIMEOUT_SECONDS = 180
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def start(index, addresses):
+    cluster = {"worker": addresses}
+    task = {"type": "worker", "index": index}
+    environment = {
+        **os.environ,
+        "TF_CONFIG": json.dumps({"cluster": cluster, "task": task}),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
+    }
+    return subprocess.Popen(
+        [sys.executable, multiworker_worker.__file__],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """What each of two workers printed, which ran once for all tests."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(NUM_WORKERS)]
+    processes = [start(index, addresses) for index in range(NUM_WORKERS)]
+    try:
+        outputs = [
+            process.communicate(timeout=TIMEOUT_SECONDS)
+            for process in processes
+        ]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    for process, (_, errors) in zip(processes, outputs):
+        assert process.returncode == 0, errors[-4000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def test_stock_keras_cannot_fit(workers):
+    for worker in workers:
+        assert worker["stock"] is not None
+        assert "PerReplica" in worker["stock"]
+
+
+def test_the_workers_agree_to_the_bit(workers):
+    first, second = workers
+    assert first["digest"] == second["digest"]
+    for name in ("history", "evaluated", "gain", "scale_invariant_step"):
+        assert first[name] == second[name]
+
+
+def test_all_steps_are_taken(workers):
+    # Two epochs; the executions of an epoch take 4 and 2 steps.
+    for worker in workers:
+        assert worker["iterations"] == 2 * multiworker_worker.STEPS
+        assert set(worker["history"]) == {"loss", "mae", "val_loss", "val_mae"}
+
+
+def test_two_local_replicas_train_the_same(workers, strategy_of):
+    data = multiworker_worker.data()
+    _, local = multiworker_worker.train(strategy_of(2), *data)
+    remote = workers[0]
+    for expected, received in zip(local["weights"], remote["weights"]):
+        np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
+    # The gain is a ratio of sums of squares.
+    for name in ("gain", "scale_invariant_step"):
+        assert remote[name] == pytest.approx(local[name], rel=1e-5)
+    assert remote["evaluated"] == pytest.approx(local["evaluated"], rel=1e-5)
+    for name, values in local["history"].items():
+        assert remote["history"][name] == pytest.approx(values, rel=1e-5)
+
+
+def test_predict_returns_every_workers_predictions_in_order(workers):
+    x, _ = multiworker_worker.data()
+    kernel, bias, output_kernel, output_bias = map(
+        np.array, workers[0]["weights"]
+    )
+    hidden = np.tanh(x @ kernel.reshape(3, 4) + bias)
+    expected = hidden @ output_kernel + output_bias
+    for worker in workers:
+        np.testing.assert_allclose(
+            worker["predicted"], expected, rtol=0, atol=1e-5
+        )
+
+
+def test_an_overflow_in_one_worker_skips_the_step_in_both(workers):
+    for worker in workers:
+        assert worker["skipped"] == 1
+        assert worker["digest_after_skipping"] == worker["digest"]
