@@ -55,3 +55,25 @@ def test_scale_follows_that_of_keras(growth_steps):
         assert int(ours.step_counter.numpy()) == int(
             keras_way.step_counter.numpy()
         )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_division_is_wide(dtype):
+    """65536 is infinite in float16, where the largest number is 65504."""
+    gradient = tf.constant([32768.0, -1024.0], dtype)
+    divided = loss_scale.divided(gradient, tf.constant(65536.0))
+    assert divided.dtype == dtype
+    np.testing.assert_array_equal(tf.cast(divided, "float64"), [0.5, -0.015625])
+
+
+def test_division_keeps_a_sparse_gradient_sparse():
+    gradient = tf.IndexedSlices(tf.constant([[2.0], [4.0]]), [3, 1], [5, 1])
+    divided = loss_scale.divided(gradient, 2.0)
+    np.testing.assert_array_equal(divided.values, [[1.0], [2.0]])
+    assert divided.indices is gradient.indices
+    assert divided.dense_shape is gradient.dense_shape
+
+
+def test_division_by_nothing_returns_the_gradient():
+    gradient = tf.ones(2)
+    assert loss_scale.divided(gradient, None) is gradient

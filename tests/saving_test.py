@@ -620,6 +620,16 @@ class TestStateOfAnotherModel:
         np.testing.assert_equal(own_state(model.optimizer), before)
         np.testing.assert_equal(model.get_weights(), trained.get_weights())
 
+    def test_weights_go_into_a_model_without_an_optimizer(self, tmp_path):
+        path = save(make(), tmp_path, "weights")
+        trained = make()
+        trained.load_weights(path)
+        model = Model(trained.inputs, trained.outputs)
+        before = model.get_weights()
+        model.set_weights([0 * weight for weight in before])
+        model.load_weights(path)
+        np.testing.assert_equal(model.get_weights(), before)
+
     def test_is_noticed_by_a_checkpoint(self, tmp_path):
         # TensorFlow's own message: it knows names only.
         path = save(

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tf_adascale import gain as gain_lib
+from tf_adascale import loss_scale as loss_scale_lib
 from tf_adascale import norms, replicas, wrapper
 
 _ESTIMATORS = ("moments", "ratio", "differenced")
@@ -192,13 +193,16 @@ class AdaScale(wrapper.Wrapper):
         if self.num_replicas > 1:
             gradients = [_without_repeats(g) for g in gradients]
         sqnorm_of_mean = _squared_norm(gradients)
-        unit = 1.0 if loss_scale is None else 1 / loss_scale
         averages, memory = self._averages(), []
         if self.estimator == "differenced":
-            averages, memory = self._differenced(variables, gradients, unit)
+            averages, memory = self._differenced(
+                variables,
+                [loss_scale_lib.divided(g, loss_scale) for g in gradients],
+            )
         elif sqnorms:
             # N^2 / (N k): the norm undivided, and the mean of n = N k of them.
             mean_sqnorm = sqnorms[0] * (self.num_replicas / self.microbatches)
+            unit = 1.0 if loss_scale is None else 1 / loss_scale
             averages = self._updated(
                 gain_lib.moments(
                     mean_sqnorm * unit * unit,
@@ -246,11 +250,11 @@ class AdaScale(wrapper.Wrapper):
             sample_sqnorm = _squared_norm(gradients)
         return [tf.cast(sample_sqnorm, tf.float32)]
 
-    def _differenced(self, variables, gradients, unit):
+    def _differenced(self, variables, gradients):
         """Returns the averages, and assignments of what to remember."""
         slots = self.select(self._previous_gradients, variables)
         previous = [_read(slot) for slot in slots]
-        present = [tf.convert_to_tensor(g) * unit for g in gradients]
+        present = [tf.convert_to_tensor(g) for g in gradients]
         difference = [g - p for g, p in zip(present, previous)]
         moments = gain_lib.differenced_moments(
             _squared_norm(difference),

@@ -50,6 +50,34 @@ def factor(optimizer):
     return optimizer.loss_scale_factor
 
 
+def divided(gradient, factor):
+    """Returns a gradient of the loss itself.
+
+    Args:
+        gradient: floating tensor or `tf.IndexedSlices`, of a loss that was
+            multiplied by `factor`.
+        factor: scalar, or None for nothing.
+
+    Returns:
+        Like `gradient`. Half precision is divided in float32, for a factor of
+        65536 is infinite in float16.
+
+    Example:
+
+    >>> half = divided(tf.constant([8192.0], "float16"), 65536.0)
+    >>> half.numpy().tolist(), half.dtype.name
+    ([0.125], 'float16')
+    """
+    if factor is None:
+        return gradient
+    if isinstance(gradient, tf.IndexedSlices):
+        values = divided(gradient.values, factor)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    wide = tf.float64 if gradient.dtype == tf.float64 else tf.float32
+    quotient = tf.cast(gradient, wide) / tf.cast(factor, wide)
+    return tf.cast(quotient, gradient.dtype)
+
+
 def assignments(optimizer, *, finite):
     """Returns how the scale changes with a step.
 

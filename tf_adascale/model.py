@@ -108,14 +108,14 @@ class Model(keras.Model):
             optimizer.microbatches = microbatches
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.add_loss_scale()
-        self._compute = tf.function(
-            self._gradients,
-            autograph=False,
-            jit_compile=True,
-            reduce_retracing=True,
-        )
-        if not self.jit_compile:
-            self._compute = self._gradients
+        self._compute = self._gradients
+        if self.jit_compile:
+            self._compute = tf.function(
+                self._gradients,
+                autograph=False,
+                jit_compile=True,
+                reduce_retracing=True,
+            )
 
     def get_compile_config(self):
         """Returns the arguments of `compile`, serialized."""
@@ -130,7 +130,7 @@ class Model(keras.Model):
 
     def load_weights(self, filepath, **kwargs):
         """Loads the weights, and the optimizer's state if the file has it."""
-        optimizer = self.optimizer
+        optimizer = getattr(self, "optimizer", None)
         if self.built and optimizer is not None and not optimizer.built:
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)

@@ -224,11 +224,9 @@ class Wrapper(keras.optimizers.Optimizer):
         """Returns the plan with the inner optimizer's settings applied."""
         scale = loss_scale.factor(self.inner_optimizer)
         step = self.plan(variables, gradients, sample_sqnorm, scale)
-        gradients = step.gradients
-        if scale is not None:
-            gradients = [_divided(g, scale) for g in gradients]
-        stepping = self._stepping
-        return step._replace(gradients=stepping._clip_gradients(gradients))
+        gradients = [loss_scale.divided(g, scale) for g in step.gradients]
+        gradients = self._stepping._clip_gradients(gradients)
+        return step._replace(gradients=gradients)
 
     def _take(self, variables, step):
         """Lets the inner optimizer step on every device, or skips on all."""
@@ -460,17 +458,6 @@ class _Rate(keras.optimizers.schedules.LearningRateSchedule):
 def _shape(gradient):
     """Returns a gradient's shape, or None if even its rank is unknown."""
     return None if gradient.shape.rank is None else tuple(gradient.shape)
-
-
-def _divided(gradient, divisor):
-    """Returns a gradient divided by a scalar, keeping it sparse if it is."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            _divided(gradient.values, divisor),
-            gradient.indices,
-            gradient.dense_shape,
-        )
-    return gradient / tf.cast(divisor, gradient.dtype)
 
 
 def _assign(strategy, assignments, values):
