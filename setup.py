@@ -39,7 +39,8 @@ setup(
         # The last release for TPUs is 2.20; later libtpu does not load in it.
         "tpu": ["tensorflow-tpu>=2.18,<2.21", "libtpu<=0.0.25"],
         "examples": ["matplotlib", "scikit-learn", "tensorboard"],
-        "test": ["hypothesis", "pytest>=8.2", "pytest-xdist"],
+        # With the examples' extra: the suite tests them too.
+        "test": ["hypothesis", "pytest>=8.2", "pytest-xdist", "tensorboard"],
         "dev": ["pyright[nodejs]", "ruff"],
     },
     classifiers=[
