@@ -842,3 +842,54 @@ class TestConfig:
             o._trainable_variables[0].numpy() for o in (optimizer, copied)
         ]
         assert np.array_equal(*weights)
+
+
+def test_gradients_of_zero_say_nothing():
+    run = Run(
+        tf.distribute.get_strategy(),
+        lambda: AdaScale(SGD(1.0)),
+        microbatches=2,
+        shapes=[(2,)],
+    )
+    zero = [np.zeros(2, "float32")]
+    run.step([zero, zero])
+    assert float(run.optimizer.gain) == 1.0
+    assert float(run.optimizer.scale_invariant_step) == 1.0
+
+
+def test_moments_that_overflow_skip_the_step():
+    """Norms of (1e15)^2 are finite, but times a scale of 1e10 they are not."""
+    run = Run(
+        tf.distribute.get_strategy(),
+        lambda: AdaScale(SGD(1.0), scale=1e10),
+        microbatches=2,
+        shapes=[(1,)],
+    )
+    run.step([[np.array([1e15])], [np.array([-1e15])]])
+    assert int(run.optimizer.skipped_steps) == 1
+    assert float(run.optimizer.gradient_variance) == 0.0
+    assert float(run.optimizer.scale_invariant_step) == 0.0
+
+
+def test_a_sum_of_sparse_gradients_is_clipped_as_one(strategy_of):
+    """Both replicas have a gradient of row 1, which joined are two slices.
+
+    Mean gradients are 4 + 2 = 6 in row 1 and 1 in row 0, clipped to 5 and 1.
+    Slice by slice, 4 and 2 would both pass.
+    """
+    strategy = strategy_of(2)
+    with strategy.scope():
+        weight = keras.Variable(np.zeros((3, 1), "float32"))
+        optimizer = AdaScale(SGD(1.0, clipvalue=5.0), scale=1)
+
+    @tf.function
+    def step():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        rows = tf.where(replica == 0, [[4.0], [1.0]], [[2.0], [0.0]])
+        gradient = tf.IndexedSlices(
+            rows, tf.constant([1, 0]), tf.constant([3, 1])
+        )
+        optimizer.apply([gradient], [weight])
+
+    strategy.run(step)
+    np.testing.assert_array_equal(weight.value.numpy(), [[-1], [-5], [0]])
