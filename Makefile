@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-versions test-oldest test-newest lint \
+.PHONY: help demo test test-versions test-oldest test-newest lint \
 	types format bench clean distclean
 
 help:  ## List the targets
@@ -26,16 +26,13 @@ help:  ## List the targets
 demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (out/demo)
 	$(BIN)/python -m examples.digits.demo
 
-test: $(VENV)/installed-test  ## Run the tests, except those marked slow
-	$(BIN)/python $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
-
-test-slow: $(VENV)/installed-test  ## Run the tests marked slow
-	$(BIN)/python $(PYTEST) -m slow $(PYTEST_FLAGS)
+test: $(VENV)/installed-test  ## Run all tests
+	$(BIN)/python $(PYTEST) $(PYTEST_FLAGS)
 
 test-versions: test-oldest test-newest  ## Run them on the oldest and the newest versions
 
 test-oldest test-newest: test-%: out/versions/%/installed
-	out/versions/$*/bin/python $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+	out/versions/$*/bin/python $(PYTEST) $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-dev  ## Check style and format
 	$(BIN)/ruff check $(SOURCES)

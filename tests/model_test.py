@@ -655,6 +655,20 @@ class TestReplicas:
             progress += gain
         return weights, gain, progress
 
+    @pytest.mark.parametrize("num_replicas", [1, 2])
+    @pytest.mark.parametrize("microbatches", [1, 4])
+    def test_reported_loss_is_the_mean_over_the_batch(
+        self, strategy_of, num_replicas, microbatches
+    ):
+        x, y = data()
+        strategy = strategy_of(num_replicas)
+        with strategy.scope():
+            model = dense_model()
+            model.compile(sgd(), "mse", microbatches=microbatches)
+        expected = np.mean((model(x).numpy() - y) ** 2)
+        (loss,) = fit(model, batches(x, y))["loss"]
+        assert loss == pytest.approx(expected, rel=1e-5)
+
     @pytest.mark.parametrize(
         "num_replicas, microbatches, jit_compile",
         [

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 # Large enough to fill a network, small enough that few values are copied.
-_BYTES_PER_PACK = 2**20
+BYTES_PER_PACK = 2**20
 
 
 def strategy():
@@ -60,7 +60,7 @@ def total(values):
         tf.distribute.ReduceOp.SUM,
         [values[i] for i in order],
         options=tf.distribute.experimental.CommunicationOptions(
-            bytes_per_pack=_BYTES_PER_PACK
+            bytes_per_pack=BYTES_PER_PACK
         ),
     )
     places = {i: place for place, i in enumerate(order)}

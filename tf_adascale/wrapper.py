@@ -243,7 +243,7 @@ class Wrapper(keras.optimizers.Optimizer):
                 self._average(strategy, base_steps)
                 for variable in variables:
                     _constrain(strategy, variable)
-                _increment(strategy, self._iterations)
+                _increment(strategy, self._iterations)  # For apply_gradients.
                 _increment(strategy, self.iterations)
                 return True
 
