@@ -38,7 +38,19 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],
         # The last release for TPUs is 2.20; later libtpu does not load in it.
         "tpu": ["tensorflow-tpu>=2.18,<2.21", "libtpu<=0.0.25"],
-        "examples": ["matplotlib", "scikit-learn", "tensorboard"],
+        "examples": [
+            # tensorflow-datasets prepares with it and does not say so.
+            "importlib_resources",
+            "jiwer>=4.0",
+            "matplotlib",
+            "num2words>=0.5.14",
+            "pycocotools>=2.0.11",
+            "sacrebleu>=2.6",
+            "scikit-learn",
+            "tensorboard",
+            "tensorflow-datasets>=4.9.10",
+            "tokenizers>=0.22",
+        ],
         # With the examples' extra: the suite tests them too.
         "test": ["hypothesis", "pytest>=8.2", "pytest-xdist", "tensorboard"],
         "dev": ["pyright[nodejs]", "ruff"],

@@ -1,32 +1,41 @@
 """AdaScale and the rules it is compared with: how each trains at a scale."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
 
 import tf_adascale
+from examples import elastic
 from tf_adascale import schedules
 
 ALGORITHMS = ("identity", "linear", "sqrt", "lsw", "lsw_plus", "adascale")
+# Those that are defined for a scale that changes while training.
+ELASTIC_ALGORITHMS = ("lsw", "adascale")
 
 
 class Plan(NamedTuple):
-    """An algorithm at one scale.
+    """An algorithm at one scale, or at one after another.
 
     Attributes:
         optimizer: Keras optimizer.
-        iterations: int, number of steps that training lasts, or lasts at most
-            where a callback ends it.
-        callbacks: list of Keras callbacks: what adds to the logs, what stops.
+        phases: tuple of `elastic.Phase`.
+        callbacks: callable, phase to a list of Keras callbacks: what adds to
+            the logs, what ends the phase before its last iteration.
     """
 
     optimizer: keras.optimizers.Optimizer
-    iterations: int
-    callbacks: list
+    phases: tuple
+    callbacks: Callable[[elastic.Phase], list]
+
+    @property
+    def iterations(self):
+        """Int, number of steps that training lasts, or lasts at most."""
+        return self.phases[-1].last_iteration
 
 
 def plan(
-    algorithm, schedule, *, scale, total_steps, make_optimizer, iterations=None
+    algorithm, schedule, *, scales, total_steps, make_optimizer, iterations=None
 ):
     """Returns how an algorithm trains at a scale.
 
@@ -36,7 +45,8 @@ def plan(
             "lsw" is linear scaling with warm-up, "lsw_plus" the same stretched
             to `iterations`; "adascale" is the library's subject.
         schedule: `LearningRateSchedule` of the base batch.
-        scale: int >= 1, S.
+        scales: sequence of (fraction, scale), see `elastic.parse`: one pair
+            (0, S), or several for "adascale" and "lsw".
         total_steps: int >= 1, T_1, steps of training at the base batch.
         make_optimizer: callable, schedule to a new Keras optimizer.
         iterations: int, for "lsw_plus" only: those that AdaScale took.
@@ -46,39 +56,54 @@ def plan(
 
     Raises:
         ValueError: if the algorithm is unknown, or "lsw_plus" lacks
-            `iterations` or another algorithm has them.
+            `iterations` or another algorithm has them, or the algorithm has no
+            form for a scale that changes.
 
     Example:
 
     >>> decay = keras.optimizers.schedules.ExponentialDecay(0.08, 1500, 0.01)
-    >>> linear = plan("linear", decay, scale=64, total_steps=1500,
+    >>> linear = plan("linear", decay, scales=[(0, 64)], total_steps=1500,
     ...               make_optimizer=keras.optimizers.SGD)
     >>> linear.iterations
     24
 
     Reference: Johnson et al. 2020, section 4.
     """
-    check(algorithm, iterations)
+    check(algorithm, iterations, scales)
     if algorithm == "adascale":
+        phases = tuple(
+            # At most: a gain is at least 1.
+            elastic.Phase(scale, end, end)
+            for (_, scale), end in zip(
+                scales, elastic.ends(scales, total_steps)
+            )
+        )
         return Plan(
             # AdaScale: around the optimizer and the schedule of the base batch,
             # both as they are.
             tf_adascale.AdaScale(make_optimizer(schedule)),
-            total_steps,
-            [
+            phases,
+            lambda phase: [
                 # AdaScale: puts the gain and tau into the logs.
                 tf_adascale.callbacks.ScalingLog(),
                 # AdaScale: training is over when the gains add up to the number
                 # of steps at the base batch.
-                tf_adascale.callbacks.StopAtScaleInvariantStep(total_steps),
+                tf_adascale.callbacks.StopAtScaleInvariantStep(phase.end),
             ],
         )
+
+    phases = elastic.fixed_phases(scales, total_steps)
+    scale = scales[0][1]
     if algorithm == "identity":
-        iterations = total_steps
+        phases = (elastic.Phase(scale, total_steps, total_steps),)
     elif algorithm == "linear":
         schedule = schedules.LinearScaling(schedule, scale=scale)
     elif algorithm == "sqrt":
         schedule = schedules.SqrtScaling(schedule, scale=scale)
+    elif len(scales) > 1:
+        schedule = elastic.LinearScalingWithWarmup(
+            schedule, scales, total_steps=total_steps
+        )
     else:
         schedule = schedules.LinearScalingWithWarmup(
             schedule,
@@ -86,12 +111,13 @@ def plan(
             total_steps=total_steps,
             iterations=iterations,
         )
-    if iterations is None:
-        iterations = schedules.scaled_iterations(total_steps, scale=scale)
-    return Plan(make_optimizer(schedule), iterations, [LearningRateLog()])
+        phases = (elastic.Phase(scale, total_steps, schedule.iterations),)
+    return Plan(
+        make_optimizer(schedule), phases, lambda phase: [LearningRateLog()]
+    )
 
 
-def check(algorithm, iterations):
+def check(algorithm, iterations, scales=((0, 1),)):
     """Raises a ValueError unless `plan` takes these arguments."""
     if algorithm not in ALGORITHMS:
         raise ValueError(
@@ -105,6 +131,12 @@ def check(algorithm, iterations):
             "adascale took, in its result.json) and with no other algorithm. "
             "Received: "
             f"algorithm={algorithm!r}, iterations={iterations}"
+        )
+    if len(scales) > 1 and algorithm not in ELASTIC_ALGORITHMS:
+        raise ValueError(
+            "The algorithm has no form for a scale that changes. Expected one "
+            f"of {ELASTIC_ALGORITHMS}. Received: algorithm={algorithm!r}, "
+            f"scales={scales}"
         )
 
 

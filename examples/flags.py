@@ -22,6 +22,13 @@ flags.DEFINE_integer(
     "Given alone, each replica takes scale / replicas micro-batches.",
     lower_bound=1,
 )
+flags.DEFINE_string(
+    "elastic",
+    _DEFAULTS.elastic,
+    "Instead of --scale, scales and the parts of the training they begin at: "
+    "0:4,0.25:8,0.5:16 is S = 4 for the first quarter, then 8, and 16 for the "
+    "second half.",
+)
 flags.DEFINE_integer(
     "replicas",
     _DEFAULTS.replicas,
@@ -93,6 +100,20 @@ flags.DEFINE_bool(
     f"Take {training.SMOKE_STEPS} steps unless --total_steps says otherwise, "
     f"and test on {training.SMOKE_TEST_BATCHES} batches.",
 )
+
+
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate",
+    None,
+    "Learning rate of the first step at the base batch. Default: the task's.",
+    lower_bound=0.0,
+)
+
+
+def overrides():
+    """Returns the keyword arguments of a trainer's `task` that flags gave."""
+    rate = _LEARNING_RATE.value
+    return {} if rate is None else {"learning_rate": rate}
 
 
 def settings():

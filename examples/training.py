@@ -10,7 +10,9 @@ keeps everything in a model directory:
     checkpoint/     what to go on from, saved with every row
     result.json     the `Result`, once there is one
 
-"Epoch" in Keras's progress bar and in the log is the stretch between two rows.
+"Epoch" in Keras's progress bar and in the log is the stretch between two rows;
+column `step` tells the iteration that it ended with, `base_batches` the number
+of base batches seen till then.
 """
 
 import csv
@@ -24,7 +26,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from examples import algorithms, strategies
+from examples import algorithms, elastic, strategies, streams
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 LOG_ROWS = 100
@@ -43,14 +45,18 @@ class Task(NamedTuple):
             batch that lasts that many steps.
         optimizer: callable, schedule to a new Keras optimizer.
         model: callable, () to a new `tf_adascale.Model`.
-        train_dataset: callable, (batch_size, *, seed, start_step) to an
-            endless `tf.data.Dataset` of batches that begins with batch number
-            start_step. What batch t holds may depend on batch_size, seed and t
-            only: that is how a run goes on where it was stopped.
+        train_dataset: callable, (batch_size, *, seed, start, share) to an
+            endless `tf.data.Dataset` of one worker's `streams.Share` of the
+            batches that follow the first `start` examples. What they hold may
+            depend on these arguments only: that is how a run goes on where it
+            was stopped. (Where records are dropped while reading, it may see as
+            many again, or miss as many.)
         test_dataset: callable, batch_size to a finite `tf.data.Dataset`.
         loss: callable, () to a Keras loss.
         metrics: callable, () to a list of Keras metrics.
         metric: str, name of the metric that counts.
+        evaluate: callable, (model, dataset) to a dict from metric to float, for
+            a metric that Keras has not; None is `model.evaluate`.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Task(NamedTuple):
     loss: Callable[[], Any]
     metrics: Callable[[], list]
     metric: str
+    evaluate: Callable[..., dict] | None = None
 
 
 class Settings(NamedTuple):
@@ -71,6 +78,7 @@ class Settings(NamedTuple):
 
     algorithm: str = "adascale"
     scale: int | None = None
+    elastic: str | None = None
     replicas: int | None = None
     microbatches: int | None = None
     total_steps: int | None = None
@@ -90,16 +98,16 @@ class Result(NamedTuple):
 
     Attributes:
         algorithm: str.
-        scale: int, S.
+        scale: int, S; or the str that says how it changed.
         iterations: int, steps taken.
-        examples: int, training examples seen, iterations * S * B.
+        examples: int, training examples seen: S * B per step.
         metric: str, name of the metric that counts.
         value: float, that metric on the test data.
         mean_gain: float, tau / iterations; None for algorithms without a gain.
     """
 
     algorithm: str
-    scale: int
+    scale: int | str
     iterations: int
     examples: int
     metric: str
@@ -125,28 +133,38 @@ def run(task, settings):
     strategy = strategies.make(
         settings.strategy, replicas=settings.replicas, tpu=settings.tpu
     )
-    scale, microbatches = strategies.split_scale(
-        replicas=strategy.num_replicas_in_sync,
-        scale=settings.scale,
-        microbatches=settings.microbatches,
-    )
-    settings = _completed(settings, task, scale)
+    scales = _scales(settings, strategy.num_replicas_in_sync)
+    settings = _completed(settings, task, scales)
     chief = strategies.is_chief(strategy)
-    _claim(settings, task, write=chief)
+    with strategy.scope():
+        plan = algorithms.plan(
+            settings.algorithm,
+            task.schedule(settings.total_steps),
+            scales=scales,
+            total_steps=settings.total_steps,
+            make_optimizer=task.optimizer,
+            iterations=settings.iterations,
+        )
+    interval = _steps_per_row(plan, settings)
+    _claim(settings, task, interval, write=chief)
     keras.config.set_dtype_policy(settings.mixed_precision)
     keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
-        model, plan = _compiled(task, settings, microbatches)
-        progress = Progress(model, plan, settings, save=chief)
+        model = task.model()
+        _compile(model, plan, plan.phases[0], task, settings)
+        model.optimizer.build(model.trainable_variables)
+        progress = Progress(model, plan, settings, interval, save=chief)
     print(
-        f"{task.name}: {settings.algorithm} at S = {scale}, batches of "
-        f"{scale * task.base_batch}, step {progress.step} of "
+        f"{task.name}: {settings.algorithm} at S = {_scale_text(settings)}, "
+        f"base batch {task.base_batch}, step {progress.step} of "
         f"{plan.iterations} at most, in {settings.model_dir}",
         flush=True,
     )
-    if not progress.finished:
+    while not progress.finished:
+        with strategy.scope():
+            _compile(model, plan, progress.phase, task, settings)
         _fit(model, plan, progress, task, settings, write=chief)
-    result = _result(model, progress, task, settings, strategy)
+    result = _result(model, progress, task, settings)
     if chief:
         _write_json(_path(settings, "result.json"), result._asdict())
     print(f"{task.name}: {result}", flush=True)
@@ -155,7 +173,14 @@ def run(task, settings):
 
 def check(settings):
     """Raises a ValueError if settings contradict each other."""
-    algorithms.check(settings.algorithm, settings.iterations)
+    scales = elastic.parse(settings.elastic or "0:1")
+    algorithms.check(settings.algorithm, settings.iterations, scales)
+    if settings.elastic and (settings.scale or settings.microbatches):
+        raise ValueError(
+            "The scale is given twice. Expected elastic, or scale and "
+            f"microbatches. Received: elastic={settings.elastic!r}, "
+            f"scale={settings.scale}, microbatches={settings.microbatches}"
+        )
     if settings.mixed_precision not in PRECISIONS:
         raise ValueError(
             f"The precision is not known. Expected one of {PRECISIONS}. "
@@ -175,44 +200,56 @@ def check(settings):
         )
 
 
-def _completed(settings, task, scale):
+def _scales(settings, replicas):
+    """Returns ((fraction, scale), ...), each of which the replicas can make."""
+    if settings.elastic is None:
+        scale, _ = strategies.split_scale(
+            replicas=replicas,
+            scale=settings.scale,
+            microbatches=settings.microbatches,
+        )
+        return ((0.0, scale),)
+    scales = elastic.parse(settings.elastic)
+    for _, scale in scales:
+        strategies.split_scale(replicas=replicas, scale=scale)
+    return scales
+
+
+def _completed(settings, task, scales):
     """Returns the settings with the task's and the devices' defaults put in."""
     steps = SMOKE_STEPS if settings.smoke else task.total_steps
+    settings = settings._replace(
+        scale=None if settings.elastic else scales[0][1],
+        total_steps=settings.total_steps or steps,
+    )
+    scale = _scale_text(settings).replace(":", "-").replace(",", "_")
     name = f"{settings.algorithm}-S{scale}-seed{settings.seed}"
     return settings._replace(
-        scale=scale,
-        total_steps=settings.total_steps or steps,
-        model_dir=settings.model_dir or os.path.join("out", task.name, name),
+        model_dir=settings.model_dir or os.path.join("out", task.name, name)
     )
 
 
-def _compiled(task, settings, microbatches):
-    """Returns the compiled model and the `Plan` it is trained by."""
-    model = task.model()
-    plan = algorithms.plan(
-        settings.algorithm,
-        task.schedule(settings.total_steps),
-        scale=settings.scale,
-        total_steps=settings.total_steps,
-        make_optimizer=task.optimizer,
-        iterations=settings.iterations,
-    )
+def _scale_text(settings):
+    return settings.elastic or str(settings.scale)
+
+
+def _compile(model, plan, phase, task, settings):
+    """Compiles the model for a phase, with the optimizer as it stands."""
+    replicas = model.distribute_strategy.num_replicas_in_sync
     model.compile(
         optimizer=plan.optimizer,
         loss=task.loss(),
         metrics=task.metrics(),
         # AdaScale: each micro-batch is one base batch and one sample of the
         # gradient, so that any scale fits any number of devices.
-        microbatches=microbatches,
+        microbatches=phase.scale // replicas,
         jit_compile=settings.jit_compile,
         steps_per_execution=settings.steps_per_execution,
     )
-    model.optimizer.build(model.trainable_variables)
-    return model, plan
 
 
 def _fit(model, plan, progress, task, settings, *, write):
-    """Trains from where `progress` stands to the end."""
+    """Trains from where `progress` stands to the end of its phase."""
     loggers = []
     if write:
         log = _path(settings, "log.csv")
@@ -223,23 +260,20 @@ def _fit(model, plan, progress, task, settings, *, write):
                 _path(settings, "tensorboard"), write_graph=False
             ),
         ]
-    dataset = task.train_dataset(
-        settings.scale * task.base_batch,
-        seed=settings.seed,
-        start_step=progress.step,
-    )
-    options = tf.data.Options()
-    # Workers read the same stream, and each keeps its own part of every batch.
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.DATA
-    )
+    phase = progress.phase
+    steps_left = phase.last_iteration - progress.step
     try:
         model.fit(
-            dataset.with_options(options),
+            _distributed(task, progress, phase.scale * task.base_batch, model),
             initial_epoch=progress.epoch,
-            epochs=progress.epochs,
+            epochs=progress.epoch + math.ceil(steps_left / progress.interval),
             steps_per_epoch=progress.interval,
-            callbacks=[*plan.callbacks, *loggers, progress],
+            callbacks=[
+                *plan.callbacks(phase),
+                keras.callbacks.LambdaCallback(on_epoch_end=progress.add),
+                *loggers,
+                progress,
+            ],
             shuffle=False,  # The data set is.
             verbose=1 if sys.stdout.isatty() else 2,
         )
@@ -249,25 +283,53 @@ def _fit(model, plan, progress, task, settings, *, write):
         sys.exit(f"\nStopped. The same command goes on: {settings.model_dir}")
 
 
-def _result(model, progress, task, settings, strategy):
-    metrics = model.evaluate(
-        task.test_dataset(task.base_batch * strategy.num_replicas_in_sync),
-        steps=SMOKE_TEST_BATCHES if settings.smoke else None,
-        verbose=0,
-        return_dict=True,
+def _distributed(task, progress, batch_size, model):
+    """Returns the training data from where `progress` stands.
+
+    Each worker reads its own share of a batch and splits it among its replicas.
+    """
+
+    def replicas_batches(context):
+        share = streams.Share(
+            context.input_pipeline_id, context.num_input_pipelines
+        )
+        dataset = task.train_dataset(
+            batch_size,
+            seed=progress.seed,
+            start=progress.base_batches * task.base_batch,
+            share=share,
+        )
+        replicas = context.num_replicas_in_sync // share.count
+        return dataset if replicas == 1 else streams.split(dataset, replicas)
+
+    return model.distribute_strategy.distribute_datasets_from_function(
+        replicas_batches
     )
+
+
+def _result(model, progress, task, settings):
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    dataset = task.test_dataset(task.base_batch * replicas)
+    if settings.smoke:
+        dataset = dataset.take(SMOKE_TEST_BATCHES)
+    evaluate = task.evaluate or _evaluate
+    metrics = evaluate(model, dataset)
     mean_gain = None
     if settings.algorithm == "adascale":
         mean_gain = float(model.optimizer.scale_invariant_step) / progress.step
     return Result(
         algorithm=settings.algorithm,
-        scale=settings.scale,
+        scale=settings.elastic or settings.scale,
         iterations=progress.step,
-        examples=progress.step * settings.scale * task.base_batch,
+        examples=progress.base_batches * task.base_batch,
         metric=task.metric,
         value=float(metrics[task.metric]),
         mean_gain=mean_gain,
     )
+
+
+def _evaluate(model, dataset):
+    return model.evaluate(dataset, verbose=0, return_dict=True)
 
 
 class Progress(keras.callbacks.Callback):
@@ -279,24 +341,25 @@ class Progress(keras.callbacks.Callback):
         model: built and compiled `tf_adascale.Model`.
         plan: `Plan`.
         settings: `Settings`, complete.
+        interval: int, number of steps per epoch: those of a row of the log.
         save: bool, whether this process is the one that saves.
 
     Attributes:
-        interval: int, steps per epoch: those of a row of the log.
-        epochs: int, number of epochs that training lasts at most.
+        interval: int, as given.
+        seed: int, of the data.
     """
 
-    def __init__(self, model, plan, settings, *, save):
+    def __init__(self, model, plan, settings, interval, *, save):
         super().__init__()
-        self._iterations = plan.iterations
-        self.interval = _steps_per_row(settings)
-        self.epochs = math.ceil(plan.iterations / self.interval)
-        self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._finished = tf.Variable(False, trainable=False)
+        self.interval = interval
+        self.seed = settings.seed
+        self._phases = plan.phases
+        self._counts = {
+            name: tf.Variable(0, dtype=tf.int64, trainable=False)
+            for name in ("step", "base_batches", "epoch", "phase")
+        }
         self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(
-                model=model, step=self._step, finished=self._finished
-            ),
+            tf.train.Checkpoint(model=model, **self._counts),
             _path(settings, "checkpoint"),
             max_to_keep=1,
         )
@@ -306,50 +369,79 @@ class Progress(keras.callbacks.Callback):
     @property
     def step(self):
         """Int, number of steps taken."""
-        return int(self._step.numpy())
+        return self._read("step")
+
+    @property
+    def base_batches(self):
+        """Int, number of base batches trained on: S per step."""
+        return self._read("base_batches")
 
     @property
     def epoch(self):
         """Int, number of epochs finished."""
-        return math.ceil(self.step / self.interval)
+        return self._read("epoch")
 
     @property
     def finished(self):
         """Bool, whether training came to its end."""
-        return bool(self._finished.numpy())
+        return self._read("phase") == len(self._phases)
+
+    @property
+    def phase(self):
+        """`elastic.Phase` that training is in."""
+        return self._phases[self._read("phase")]
 
     def on_train_batch_end(self, batch, logs=None):
-        """Counts what was executed, and ends training with the last step."""
-        self._step.assign_add(self.model.steps_per_execution)
-        if self.step >= self._iterations:
+        """Counts what was executed, and ends the phase with its last step."""
+        steps = self.model.steps_per_execution
+        self._counts["step"].assign_add(steps)
+        self._counts["base_batches"].assign_add(steps * self.phase.scale)
+        if self.step >= self.phase.last_iteration:
             self.model.stop_training = True
+
+    def add(self, epoch, logs):
+        """Puts the counts into the logs."""
+        logs.update(
+            step=self.step,
+            base_batches=self.base_batches,
+            scale=self.phase.scale,
+        )
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves a checkpoint."""
-        self._finished.assign(self.model.stop_training)
+        self._counts["epoch"].assign_add(1)
+        if self.model.stop_training:
+            self._counts["phase"].assign_add(1)
         if self._save:
             self._manager.save()
 
+    def _read(self, name):
+        return int(self._counts[name].numpy())
 
-def _steps_per_row(settings):
+
+def _steps_per_row(plan, settings):
     """Returns the number of steps per row of the log."""
-    shortest_run = math.ceil(settings.total_steps / settings.scale)
-    if settings.algorithm == "identity":
-        shortest_run = settings.total_steps
+    shortest_run = plan.iterations
+    if settings.algorithm == "adascale":
+        begin = shortest_run = 0
+        for phase in plan.phases:
+            shortest_run += (phase.end - begin) / phase.scale
+            begin = phase.end
     executions = shortest_run / LOG_ROWS / settings.steps_per_execution
     return settings.steps_per_execution * math.ceil(executions)
 
 
-def _claim(settings, task, *, write):
+def _claim(settings, task, interval, *, write):
     """Makes the model directory a run's own, or finds it to be so."""
     wanted = {
         "task": task.name,
         "algorithm": settings.algorithm,
         "scale": settings.scale,
+        "elastic": settings.elastic,
         "total_steps": settings.total_steps,
         "iterations": settings.iterations,
         "seed": settings.seed,
-        "steps_per_row": _steps_per_row(settings),
+        "steps_per_row": interval,
         "schedule": task.schedule(settings.total_steps).get_config(),
     }
     path = _path(settings, "run.json")

@@ -11,8 +11,12 @@ import tensorflow as tf
 
 import tf_adascale
 
-LIBRARY = pathlib.Path(tf_adascale.__file__).parent
-MODULES = sorted(path.stem for path in LIBRARY.glob("*.py"))
+ROOT = pathlib.Path(tf_adascale.__file__).parent.parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("tf_adascale", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 # Names that examples use without importing them, beside their module's own.
 GLOBALS = {"keras": keras, "np": np, "tf": tf, "tf_adascale": tf_adascale}
@@ -20,8 +24,7 @@ GLOBALS = {"keras": keras, "np": np, "tf": tf, "tf_adascale": tf_adascale}
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
-    suffix = "" if name == "__init__" else f".{name}"
-    module = importlib.import_module(f"tf_adascale{suffix}")
+    module = importlib.import_module(name.removesuffix(".__init__"))
     report = []
     runner = doctest.DocTestRunner(
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

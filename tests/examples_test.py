@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from examples import algorithms, flags, strategies, training
+from examples import algorithms, figures, flags, runs, strategies, training
 from examples.digits import data, demo, train
 from tf_adascale import Model
 
@@ -103,7 +103,7 @@ class TestPlan:
         return algorithms.plan(
             algorithm,
             self.schedule,
-            scale=4,
+            scales=((0, 4),),
             total_steps=100,
             make_optimizer=keras.optimizers.SGD,
             **kwargs,
@@ -132,7 +132,7 @@ class TestPlan:
     def test_adascale_keeps_the_schedule_and_stops_by_tau(self):
         plan = self.plan("adascale")
         assert plan.iterations == 100  # At most: the gain is at least 1.
-        assert plan.callbacks[-1].total_steps == 100
+        assert plan.callbacks(plan.phases[0])[-1].total_steps == 100
         assert float(plan.optimizer.learning_rate) == pytest.approx(0.1)
 
     def test_lsw_plus_needs_iterations(self):
@@ -178,9 +178,14 @@ class TestFlags:
             smoke=True,
         )
         parsed = self.parsed(
-            *(f"--{name}={value}" for name, value in settings._asdict().items())
+            *(
+                f"--{name}={value}"
+                for name, value in settings._asdict().items()
+                if name != "elastic"  # Instead of a scale.
+            )
         )
         assert parsed == settings
+        assert self.parsed("--elastic=0:4,0.5:8").elastic == "0:4,0.5:8"
 
     @pytest.mark.parametrize(
         "arguments, message",
@@ -198,6 +203,12 @@ class TestFlags:
                 "do not make the scale",
             ),
             (["--mixed_precision=float64"], "should be one of"),
+            (["--elastic=0:4,0.5"], "not understood"),
+            (["--elastic=0:4,0.5:8", "--scale=4"], "given twice"),
+            (
+                ["--elastic=0:4,0.5:8", "--algorithm=sqrt"],
+                "no form for a scale that changes",
+            ),
         ],
     )
     def test_contradictions_are_refused(self, arguments, message):
@@ -261,6 +272,49 @@ class TestRun:
         assert two == one
         assert len(rows(tmp_path, "two")) == 4  # 8 steps, 2 to a row.
 
+    def test_adascale_changes_its_scale_by_tau(self, tmp_path):
+        run(tmp_path, elastic="0:2,0.25:4,0.5:2")
+        log = rows(tmp_path)
+        tau = [float(row["scale_invariant_step"]) for row in log]
+        scales = [int(row["scale"]) for row in log]
+        # T_SI = 16: S = 4 from the first step that begins at tau >= 4, and 2
+        # again from the first at tau >= 8.
+        begins = [0.0, *tau[:-1]]
+        assert scales == [4 if 4 <= begin < 8 else 2 for begin in begins]
+        assert set(scales) == {2, 4}
+        assert begins[-1] < 16 <= tau[-1]
+        # No step is lost or done twice where the scale changes: a gain is
+        # within [1, S], and each base batch is seen once.
+        gains = np.diff([0.0, *tau])
+        assert all(1 <= gain <= s for gain, s in zip(gains, scales))
+        np.testing.assert_array_equal(
+            [int(row["base_batches"]) for row in log], np.cumsum(scales)
+        )
+
+    def test_lsw_changes_its_scale_by_base_steps(self, tmp_path):
+        result = run(tmp_path, algorithm="lsw", elastic="0:2,0.25:4,0.5:2")
+        # 16 base steps: 4 / 2, 4 / 4 and 8 / 2 iterations.
+        assert result.iterations == 2 + 1 + 4
+        assert result.examples == 16 * 16
+        assert [int(row["scale"]) for row in rows(tmp_path)] == (
+            [2] * 2 + [4] + [2] * 4
+        )
+        assert result.scale == "0:2,0.25:4,0.5:2"
+
+    def test_scales_that_replicas_cannot_make_are_refused(self, strategy_of):
+        settings = training.Settings(elastic="0:2,0.5:3")
+        with pytest.raises(ValueError, match="do not make the scale"):
+            training._scales(settings, 2)
+
+    def test_a_metric_of_ones_own(self, tmp_path):
+        def evaluate(model, dataset):
+            sizes = [len(labels) for _, labels in dataset]
+            return {"accuracy": 0.5, "batches": len(sizes)}
+
+        task = one_layer()._replace(evaluate=evaluate, metric="batches")
+        result = run(tmp_path, task=task, smoke=True)
+        assert (result.metric, result.value) == ("batches", 2)
+
     def test_default_directory_names_the_run(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         training.run(one_layer(), training.Settings(scale=2, smoke=True))
@@ -284,6 +338,7 @@ class TestRun:
             ({"tpu": "local"}, "TPU was named"),
             ({"replicas": 2}, "another number of replicas"),
             ({"scale": 4, "microbatches": 2}, "do not make the scale"),
+            ({"elastic": "0:4,1:8"}, "not understood"),
         ],
     )
     def test_refused_settings_leave_nothing(self, tmp_path, settings, message):
@@ -321,6 +376,30 @@ class TestGoingOn:
         actual = saved_values(tmp_path, "stopped")
         assert actual.keys() == expected.keys()
         assert any("adascale" in key or "optimizer" in key for key in actual)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(actual[key], value, err_msg=key)
+
+    def test_a_run_of_a_changing_scale_goes_on_in_its_phase(
+        self, tmp_path, monkeypatch
+    ):
+        given = {"algorithm": "adascale", "elastic": "0:2,0.25:4,0.5:2"}
+        whole = run(tmp_path, "whole", **given)
+        original = training.Progress.on_epoch_begin
+
+        def interrupted(self, epoch, logs=None):
+            if epoch == 4:
+                raise KeyboardInterrupt
+            original(self, epoch, logs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Progress, "on_epoch_begin", interrupted)
+            with pytest.raises(SystemExit, match="same command goes on"):
+                run(tmp_path, "stopped", **given)
+        assert {row["scale"] for row in rows(tmp_path, "stopped")} == {"2", "4"}
+        assert run(tmp_path, "stopped", **given) == whole
+        assert rows(tmp_path, "stopped") == rows(tmp_path, "whole")
+        expected = saved_values(tmp_path, "whole")
+        actual = saved_values(tmp_path, "stopped")
         for key, value in expected.items():
             np.testing.assert_array_equal(actual[key], value, err_msg=key)
 
@@ -376,11 +455,20 @@ class TestDigits:
         dataset = data.train_dataset(*args, **kwargs)
         return list(dataset.take(count).as_numpy_iterator())
 
+    def test_validation_is_a_part_of_the_training_split(self):
+        training_split, _ = data.splits()
+        parts = data.splits(validation=True)
+        assert [len(part.labels) for part in parts] == [1150, 287]
+        images = [image.tobytes() for part in parts for image in part.images]
+        assert sorted(images) == sorted(
+            image.tobytes() for image in training_split.images
+        )
+
     def test_a_step_holds_the_same_whenever_the_run_began(self):
         # 100 batches of 16 pass the 1437 images once and begin again.
         whole = self.batches(100, 16, seed=1)
         for start in (3, 95):
-            part = self.batches(2, 16, seed=1, start_step=start)
+            part = self.batches(2, 16, seed=1, start=16 * start)
             for expected, actual in zip(whole[start:], part):
                 np.testing.assert_array_equal(expected[0], actual[0])
                 np.testing.assert_array_equal(expected[1], actual[1])
@@ -446,38 +534,40 @@ class TestDemo:
                 absl_flags.FLAGS(["train", *command[3:]])
                 training.run(one_layer(), flags.settings())
 
-        monkeypatch.setattr(demo.subprocess, "run", train_here)
+        monkeypatch.setattr(runs.subprocess, "run", train_here)
         return commands
 
     def test_table_and_picture_of_tiny_runs(
         self, tmp_path, monkeypatch, capsys
     ):
         commands = self.fake(monkeypatch)
-        runs = demo.main([f"--out={tmp_path}", "--scale=4", "--total_steps=20"])
-        assert [run.label for run in runs] == [
+        results = demo.main(
+            [f"--out={tmp_path}", "--scale=4", "--total_steps=20"]
+        )
+        assert [run.label for run in results] == [
             "SGD, S = 1",
             "AdaScale, S = 4",
             "LSW, S = 4",
             "LSW+, S = 4",
         ]
         # LSW+ takes as many iterations as AdaScale did, LSW ceil(20 / 4).
-        plain, adascale, lsw, lsw_plus = (run.result for run in runs)
+        plain, adascale, lsw, lsw_plus = (run.result for run in results)
         assert plain["iterations"] == 20
         assert lsw["iterations"] == 5
         assert lsw_plus["iterations"] == adascale["iterations"]
         assert f"--iterations={adascale['iterations']}" in commands[-1]
         printed = capsys.readouterr().out
-        assert demo.table(runs) in printed
+        assert runs.table(results) in printed
         with open(tmp_path / "figure1.png", "rb") as file:
             assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
     def test_a_run_that_fails_ends_the_demo(self, tmp_path):
         # No such scale: the process refuses its flags.
         with pytest.raises(subprocess.CalledProcessError):
-            demo.train("adascale", str(tmp_path), scale=0)
+            runs.train("digits", str(tmp_path), "--scale=0")
 
     def test_loss_is_averaged_over_as_many_examples_as_a_large_step(self):
         # Two steps a row at S = 1: at S = 4 a step has the examples of 2 rows.
-        run = demo.Run({"scale": 1}, [2, 4, 6], {"loss": [4.0, 2.0, 1.0]})
-        assert demo.smoothed_loss(run, 4) == [4.0, 3.0, 1.5]
-        assert demo.smoothed_loss(run, 1) == [4.0, 2.0, 1.0]
+        run = runs.Run({}, {"base_batches": [2, 4, 6], "loss": [4.0, 2.0, 1.0]})
+        assert figures.smoothed_loss(run, 4) == [4.0, 3.0, 1.5]
+        assert figures.smoothed_loss(run, 1) == [4.0, 2.0, 1.0]

@@ -10,7 +10,10 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from examples import streams
+
 TEST_SIZE = 360
+VALIDATION_SIZE = 287
 SPLIT_SEED = 0
 
 
@@ -26,10 +29,14 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-def splits():
+def splits(*, validation=False):
     """Returns the training and the test `Split`: the same at every call.
 
     Both hold every digit in the same proportion.
+
+    Args:
+        validation: bool, whether to return two parts of the training split
+            instead: to train on, and to choose hyper-parameters by.
 
     Example:
 
@@ -39,30 +46,22 @@ def splits():
     """
     digits = load_digits()
     images = (digits.images[..., np.newaxis] / 16).astype("float32")
-    labels = digits.target.astype("int32")
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images,
-        labels,
-        test_size=TEST_SIZE,
-        random_state=SPLIT_SEED,
-        stratify=labels,
+    train, test = _halves(
+        Split(images, digits.target.astype("int32")), TEST_SIZE
     )
-    return Split(train_images, train_labels), Split(test_images, test_labels)
+    return _halves(train, VALIDATION_SIZE) if validation else (train, test)
 
 
-def train_dataset(batch_size, *, seed, start_step=0):
+def train_dataset(batch_size, *, seed, start=0, share=streams.Share()):
     """Returns endless shuffled batches of the training split.
 
-    Every image is shifted by at most one pixel each way. Order and shifts of a
-    pass are drawn from (seed, number of the pass), and batches run on from one
-    pass into the next. So batch t depends on nothing but the arguments and t, a
-    run can go on from any step, and S batches of size B hold the same examples
-    as one batch of size S B.
+    Every image is shifted by at most one pixel each way.
 
     Args:
         batch_size: int >= 1, examples per batch.
         seed: int, of order and shifts.
-        start_step: int >= 0, number of batches to leave out.
+        start: int >= 0, number of examples to leave out.
+        share: `streams.Share`, the part of each batch to return.
 
     Returns:
         `tf.data.Dataset` of (images, labels), see `Split`.
@@ -70,26 +69,18 @@ def train_dataset(batch_size, *, seed, start_step=0):
     train, _ = splits()
     size = len(train.labels)
     images = _shifted(train.images)
-    labels = np.tile(train.labels, len(images) // size)
-    first_pass, first_example = divmod(start_step * batch_size, size)
+    shifts = len(images) // size
 
-    def indices(number):
-        """Returns one pass: every image once, shifted one way or another."""
-        seeds = tf.stack([tf.constant(seed, tf.int64), number])
-        order = tf.random.experimental.stateless_shuffle(tf.range(size), seeds)
-        shifts = tf.random.stateless_uniform(
-            [size], seeds, maxval=len(images) // size, dtype=tf.int32
+    def examples(indices, draws):
+        shift = tf.cast(draws[:, 0] * shifts, tf.int64)
+        return (
+            tf.gather(images, indices + size * shift),
+            tf.gather(train.labels, indices),
         )
-        return tf.data.Dataset.from_tensor_slices(order + size * shifts)
 
-    def examples(indices):
-        return tf.gather(images, indices), tf.gather(labels, indices)
-
+    stream = streams.indices(size, seed=seed, start=start, share=share, draws=1)
     return (
-        tf.data.Dataset.range(first_pass, tf.int64.max)
-        .flat_map(indices)
-        .skip(first_example)
-        .batch(batch_size, drop_remainder=True)
+        streams.batches(stream, batch_size, share=share)
         .map(examples)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -107,3 +98,15 @@ def _shifted(images):
     return np.concatenate(
         [padded[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
     )
+
+
+def _halves(split, size):
+    """Returns a split without `size` of its examples, and these."""
+    images, held_out_images, labels, held_out_labels = train_test_split(
+        split.images,
+        split.labels,
+        test_size=size,
+        random_state=SPLIT_SEED,
+        stratify=split.labels,
+    )
+    return Split(images, labels), Split(held_out_images, held_out_labels)

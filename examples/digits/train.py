@@ -9,26 +9,14 @@ Metric:   accuracy on the test split: 99 % for both
 """
 
 import keras
-from absl import app, flags
+from absl import app
 
-from examples import flags as shared_flags
-from examples import training
+from examples import flags, training
 from examples.digits import data, model
 
 WEIGHT_DECAY = 5e-4
-
-_LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate",
-    0.08,
-    "Learning rate of the first step at the base batch of 16.",
-    lower_bound=0.0,
-)
-_DECAY = flags.DEFINE_float(
-    "decay",
-    0.0133,
-    "Learning rate of the last step / that of the first.",
-    lower_bound=0.0,
-)
+# Learning rate of the last step / that of the first.
+DECAY = 0.0133
 
 
 def sgd(schedule):
@@ -40,7 +28,7 @@ def sgd(schedule):
     return optimizer
 
 
-def task(*, learning_rate=0.08, decay=0.0133):
+def task(*, learning_rate=0.08):
     """Returns the benchmark as a `training.Task`."""
     return training.Task(
         name="digits",
@@ -48,7 +36,7 @@ def task(*, learning_rate=0.08, decay=0.0133):
         total_steps=1500,
         schedule=lambda total_steps: (
             keras.optimizers.schedules.ExponentialDecay(
-                learning_rate, decay_steps=total_steps, decay_rate=decay
+                learning_rate, decay_steps=total_steps, decay_rate=DECAY
             )
         ),
         optimizer=sgd,
@@ -65,10 +53,7 @@ def task(*, learning_rate=0.08, decay=0.0133):
 
 def main(_):
     """Trains as the flags say."""
-    training.run(
-        task(learning_rate=_LEARNING_RATE.value, decay=_DECAY.value),
-        shared_flags.settings(),
-    )
+    training.run(task(**flags.overrides()), flags.settings())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Pictures of runs: which color each algorithm has, how its lines are named."""
+
+from matplotlib import figure
+
+COLORS = {
+    "identity": "#444444",
+    "linear": "#8a5a2b",
+    "sqrt": "#7b4fa3",
+    "lsw": "#d1651a",
+    "lsw_plus": "#b0912b",
+    "adascale": "#0b6fb8",
+}
+
+
+def page(rows, columns, *, size):
+    """Returns an empty page and its panels, an array of (rows, columns).
+
+    Args:
+        rows: int.
+        columns: int.
+        size: (width, height) in inches.
+    """
+    # Without pyplot, which would look for a display.
+    empty = figure.Figure(figsize=size, layout="constrained")
+    panels = empty.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return empty, panels
+
+
+def draw(panel, run, x, y, **style):
+    """Draws a line in the color of a run's algorithm.
+
+    Args:
+        panel: matplotlib `Axes`.
+        run: `runs.Run`.
+        x: list of float.
+        y: list of float.
+        **style: further arguments of `Axes.plot`.
+    """
+    style = {
+        "color": COLORS[run.result["algorithm"]],
+        "linewidth": 1.8,
+        # A line of one point would not be seen.
+        "marker": "." if len(x) < 2 else "",
+        **style,
+    }
+    panel.plot(x, y, **style)
+
+
+def label(panel, results, *, x, y):
+    """Names the lines in their colors, the last run at (x, y) of the panel."""
+    for number, run in enumerate(reversed(results)):
+        panel.text(
+            x,
+            y + 0.08 * number,
+            run.label,
+            color=COLORS[run.result["algorithm"]],
+            transform=panel.transAxes,
+        )
+
+
+def smoothed_loss(run, base_batches):
+    """Returns the loss averaged over at least so many base batches.
+
+    A row at S = 1 averages few examples and is noisy beside one at a large
+    scale. Each value is the mean of that row and those before it.
+
+    Args:
+        run: `runs.Run`.
+        base_batches: int >= 1, as many as a step of the other run has.
+    """
+    loss = run.log["loss"]
+    window = max(1, round(base_batches / run.log["base_batches"][0]))
+    means = []
+    for end in range(1, len(loss) + 1):
+        recent = loss[max(0, end - window) : end]
+        means.append(sum(recent) / len(recent))
+    return means

@@ -1,0 +1,118 @@
+"""Runs of the trainers: started as processes of their own, and read back."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+TITLES = {
+    "identity": "SGD",
+    "adascale": "AdaScale",
+    "linear": "linear",
+    "sqrt": "square root",
+    "lsw": "LSW",
+    "lsw_plus": "LSW+",
+}
+
+
+class Run(NamedTuple):
+    """A finished run, read from its model directory.
+
+    Attributes:
+        result: dict, the fields of `training.Result`.
+        log: dict from column to list of float, one per row.
+    """
+
+    result: dict
+    log: dict
+
+    @property
+    def steps(self):
+        """List of int, the iteration that each row of the log ends with."""
+        return [int(step) for step in self.log["step"]]
+
+    @property
+    def label(self):
+        """String, for tables and plots."""
+        return f"{TITLES[self.result['algorithm']]}, S = {self.result['scale']}"
+
+
+def train(benchmark, model_dir, *arguments):
+    """Trains in a process of its own, in sight, and returns the `Run`.
+
+    Args:
+        benchmark: str, a folder of this package, as in "digits".
+        model_dir: str.
+        *arguments: str, further flags, as in "--scale=64".
+
+    Raises:
+        subprocess.CalledProcessError: if the process fails.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        f"examples.{benchmark}.train",
+        f"--model_dir={model_dir}",
+        *arguments,
+    ]
+    print("\n$ " + " ".join(["python", *command[1:]]), flush=True)
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}
+    subprocess.run(command, check=True, env=quiet)
+    return read(model_dir)
+
+
+def read(model_dir):
+    """Returns the `Run` in a model directory."""
+    with open(os.path.join(model_dir, "result.json")) as file:
+        result = json.load(file)
+    with open(os.path.join(model_dir, "log.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    log = {
+        name: [float(row[name]) for row in rows]
+        for name in rows[0]
+        if not name.startswith("val_")  # Without validation there are none.
+    }
+    return Run(result, log)
+
+
+def table(results):
+    """Returns runs as a table in plain text.
+
+    Args:
+        results: list of `Run`, all of one benchmark.
+
+    Example:
+
+    >>> result = {"algorithm": "adascale", "scale": 64, "iterations": 68,
+    ...           "examples": 69632, "metric": "accuracy", "value": 0.9917,
+    ...           "mean_gain": 22.43}
+    >>> print(table([Run(result, {})]))
+    algorithm   S  iterations  examples  accuracy  mean gain
+    AdaScale   64          68     69632    99.2 %       22.4
+    """
+    metric = results[0].result["metric"]
+    rows = [
+        ("algorithm", "S", "iterations", "examples", metric, "mean gain"),
+    ]
+    for run in results:
+        gain = run.result["mean_gain"]
+        rows.append(
+            (
+                TITLES[run.result["algorithm"]],
+                str(run.result["scale"]),
+                str(run.result["iterations"]),
+                str(run.result["examples"]),
+                f"{run.result['value']:.1%}".replace("%", " %"),
+                "-" if gain is None else f"{gain:.1f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )

@@ -1,0 +1,249 @@
+"""Trains benchmarks by every algorithm, prints the table, draws the picture.
+
+Each benchmark's miniature by plain SGD at S = 1, then by AdaScale and the rules
+it is compared with at a scale where linear scaling has broken down.
+
+Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
+          Distributed Training", ICML 2020, Table 2
+Command:  python -m examples.study --out=out/study
+          python -m examples.study cifar10 --seeds=0,1,2
+Hardware: 2 CPU cores
+Time:     see examples/README.md; given again, it goes on where it was stopped
+"""
+
+import argparse
+import csv
+import os
+import time
+from typing import NamedTuple
+
+from examples import figures, runs
+
+# A scale at which linear scaling has broken down.
+SCALES = {
+    "cifar10": 64,
+    "imagenet": 32,
+    "speech": 16,
+    "transformer": 16,
+    "yolo": 32,
+}
+
+
+class Row(NamedTuple):
+    """One run, as results.csv has it.
+
+    Attributes:
+        benchmark: str.
+        algorithm: str.
+        scale: int, S.
+        seed: int.
+        iterations: int, steps taken.
+        metric: str, name of the metric.
+        value: float, the metric on the test data.
+        mean_gain: float; empty for algorithms without a gain.
+        seconds: float, wall time of the process, start included.
+    """
+
+    benchmark: str
+    algorithm: str
+    scale: int
+    seed: int
+    iterations: int
+    metric: str
+    value: float
+    mean_gain: float | str
+    seconds: float
+
+
+def study(benchmark, scale, *, seed, out):
+    """Trains a benchmark by every algorithm.
+
+    Args:
+        benchmark: str, one of `SCALES`.
+        scale: int, S of all algorithms but "identity".
+        seed: int.
+        out: str, directory; what it has is not trained again.
+
+    Yields:
+        `Row` per algorithm, as they finish.
+    """
+    done = {row[:4]: row for row in read(out)}
+    for algorithm in runs.TITLES:
+        at_scale = 1 if algorithm == "identity" else scale
+        key = (benchmark, algorithm, at_scale, seed)
+        if key not in done:
+            flags = [
+                f"--algorithm={algorithm}",
+                f"--scale={at_scale}",
+                f"--seed={seed}",
+            ]
+            if algorithm == "lsw_plus":
+                adascale = done[benchmark, "adascale", scale, seed]
+                flags.append(f"--iterations={adascale.iterations}")
+            name = f"{algorithm}-S{at_scale}-seed{seed}"
+            begin = time.monotonic()
+            run = runs.train(
+                benchmark, os.path.join(out, benchmark, name), *flags
+            )
+            seconds = round(time.monotonic() - begin, 1)
+            result = run.result
+            done[key] = Row(
+                *key,
+                result["iterations"],
+                result["metric"],
+                round(result["value"], 4),
+                "" if result["mean_gain"] is None else result["mean_gain"],
+                seconds,
+            )
+            _append(out, done[key])
+        yield done[key]
+
+
+def read(out):
+    """Returns the list of `Row` in a directory's results.csv."""
+    path = os.path.join(out, "results.csv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return [
+            Row(
+                benchmark=row["benchmark"],
+                algorithm=row["algorithm"],
+                scale=int(row["scale"]),
+                seed=int(row["seed"]),
+                iterations=int(row["iterations"]),
+                metric=row["metric"],
+                value=float(row["value"]),
+                mean_gain=row["mean_gain"] and float(row["mean_gain"]),
+                seconds=float(row["seconds"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def table(rows):
+    """Returns rows as a table in Markdown, the seeds of a line together.
+
+    Example:
+
+    >>> seeds = [Row("cifar10", "adascale", 64, seed, iterations, "accuracy",
+    ...              value, 20.0, 60.0)
+    ...          for seed, iterations, value in [(0, 70, 0.99), (1, 74, 0.97)]]
+    >>> print(table(seeds))
+    | benchmark | algorithm | S | iterations | metric | mean gain | seconds |
+    |---|---|---|---|---|---|---|
+    | cifar10 | AdaScale | 64 | 72 | accuracy 98.0 % (99.0, 97.0) | 20.0 | 60 |
+    """
+    lines = [
+        "| benchmark | algorithm | S | iterations | metric | mean gain "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[:3], []).append(row)
+    for (benchmark, algorithm, scale), group in groups.items():
+        values = [_percent(row) for row in group]
+        unit = "" if group[0].metric == "bleu" else " %"
+        each = ", ".join(f"{value:.1f}" for value in values)
+        gain = "-"
+        if group[0].mean_gain != "":
+            gain = f"{_mean([row.mean_gain for row in group]):.1f}"
+        cells = (
+            benchmark,
+            runs.TITLES[algorithm],
+            str(scale),
+            f"{_mean([row.iterations for row in group]):.0f}",
+            f"{group[0].metric} {_mean(values):.1f}{unit}"
+            + (f" ({each})" if len(group) > 1 else ""),
+            gain,
+            f"{_mean([row.seconds for row in group]):.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(rows, path):
+    """Draws quality over iterations, a panel per benchmark, and saves a PNG."""
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
+    page, panels = figures.page(
+        1, len(benchmarks), size=(3.2 * len(benchmarks), 3.6)
+    )
+    for benchmark, panel in zip(benchmarks, panels.flat):
+        mine = [row for row in rows if row.benchmark == benchmark]
+        for row in mine:
+            panel.plot(
+                row.iterations,
+                _percent(row),
+                color=figures.COLORS[row.algorithm],
+                marker="o",
+                alpha=0.7,
+            )
+        panel.set(
+            title=f"{benchmark}, S = {SCALES[benchmark]}",
+            xlabel="iterations",
+            ylabel=mine[0].metric,
+            xscale="log",
+            ylim=(-5, 105),
+        )
+    for number, algorithm in enumerate(runs.TITLES):
+        title = runs.TITLES[algorithm]
+        panels.flat[0].text(
+            0.03,
+            0.05 + 0.08 * number,
+            f"{title}, S = 1" if algorithm == "identity" else title,
+            color=figures.COLORS[algorithm],
+            transform=panels.flat[0].transAxes,
+        )
+    page.savefig(path, dpi=110)
+
+
+def main(arguments=None):
+    """Trains what is asked for; returns the list of `Row`."""
+    parser = argparse.ArgumentParser(
+        description="Trains benchmarks by every algorithm and compares them."
+    )
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="NAME", help=", ".join(SCALES)
+    )
+    parser.add_argument("--out", default="out/study", help="directory")
+    parser.add_argument("--seeds", default="0", help="as in 0,1,2")
+    options = parser.parse_args(arguments)
+    unknown = set(options.benchmarks) - set(SCALES)
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(unknown)}")
+    os.makedirs(options.out, exist_ok=True)
+    rows = [
+        row
+        for benchmark in options.benchmarks or SCALES
+        for seed in options.seeds.split(",")
+        for row in study(
+            benchmark, SCALES[benchmark], seed=int(seed), out=options.out
+        )
+    ]
+    path = os.path.join(options.out, "benchmarks.png")
+    picture(rows, path)
+    print(f"\n{table(rows)}\n\n{path}")
+    return rows
+
+
+def _append(out, row):
+    path = os.path.join(out, "results.csv")
+    is_new = not os.path.exists(path)
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(Row._fields)
+        writer.writerow(row)
+
+
+def _percent(row):
+    return row.value if row.metric == "bleu" else 100 * row.value
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
