@@ -21,10 +21,12 @@ class Share(NamedTuple):
     Attributes:
         index: int, number of the worker, in [0, count).
         count: int, number of workers.
+        rows: int, how many examples of a batch a worker has, one after another.
     """
 
     index: int = 0
     count: int = 1
+    rows: int = 1
 
 
 def indices(size, *, seed, start=0, share=Share(), draws=0):
@@ -34,7 +36,7 @@ def indices(size, *, seed, start=0, share=Share(), draws=0):
         size: int >= 1, number of examples.
         seed: int, of the orders and the random numbers.
         start: int >= 0, number of examples to leave out at the beginning.
-        share: `Share` of the stream: every `count`-th example.
+        share: `Share` of the stream: so many rows of every so many.
         draws: int, how many random numbers come with an example.
 
     Returns:
@@ -73,7 +75,7 @@ def records(
         size: int, number of its records.
         seed: int, of the orders and the random numbers.
         start: int >= 0, number of records to leave out at the beginning.
-        share: `Share` of the stream: every `count`-th record.
+        share: `Share` of the stream: so many rows of every so many.
         draws: int, how many random numbers come with a record.
         buffer_size: int >= 1, records held for shuffling.
 
@@ -153,11 +155,19 @@ def _stream(order, size, seed, start, share, draws):
             order(number), tf.data.Dataset.from_tensor_slices(uniform)
         )
 
-    return (
+    stream = (
         tf.data.Dataset.range(first_pass, tf.int64.max)
         .flat_map(one_pass)
         .skip(first_example)
-        .shard(share.count, share.index)
+    )
+    if share.count == 1:
+        return stream
+    return (
+        stream.enumerate()
+        .filter(
+            lambda place, _: place // share.rows % share.count == share.index
+        )
+        .map(lambda _, example: example)
     )
 
 

@@ -290,8 +290,9 @@ def _distributed(task, progress, batch_size, model):
     """
 
     def replicas_batches(context):
+        workers = context.num_input_pipelines
         share = streams.Share(
-            context.input_pipeline_id, context.num_input_pipelines
+            context.input_pipeline_id, workers, rows=batch_size // workers
         )
         dataset = task.train_dataset(
             batch_size,
@@ -299,7 +300,7 @@ def _distributed(task, progress, batch_size, model):
             start=progress.base_batches * task.base_batch,
             share=share,
         )
-        replicas = context.num_replicas_in_sync // share.count
+        replicas = context.num_replicas_in_sync // workers
         return dataset if replicas == 1 else streams.split(dataset, replicas)
 
     return model.distribute_strategy.distribute_datasets_from_function(

@@ -9,6 +9,7 @@ import sys
 
 import keras
 import numpy as np
+import ports
 import pytest
 import tensorflow as tf
 from absl import flags as absl_flags
@@ -436,6 +437,45 @@ class TestCommand:
             result = json.load(file)
         assert result["scale"] == 4
         assert 1 <= result["mean_gain"] <= 4
+
+    @pytest.mark.multiworker
+    def test_two_workers_see_the_examples_of_one(self, tmp_path):
+        addresses = [f"127.0.0.1:{port}" for port in ports.free(2)]
+        processes = []
+        for index in range(2):
+            task = {"type": "worker", "index": index}
+            config = {"cluster": {"worker": addresses}, "task": task}
+            processes.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "examples.digits.train",
+                        "--strategy=multiworker",
+                        "--scale=4",
+                        "--smoke",
+                        f"--model_dir={tmp_path / 'two'}",
+                    ],
+                    cwd=ROOT,
+                    env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+        task = train.task()._replace(name="one")
+        run(tmp_path, "one", task=task, scale=4, smoke=True)
+        # Each sample of the gradient is the same, so are loss and gain.
+        for column in ("loss", "gain", "scale_invariant_step"):
+            one, two = (
+                [float(row[column]) for row in rows(tmp_path, name)]
+                for name in ("one", "two")
+            )
+            # float32, and other kernels for other numbers of threads.
+            np.testing.assert_allclose(two, one, rtol=1e-4, err_msg=column)
 
 
 class TestDigits:

@@ -3,12 +3,12 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import multiworker_worker
 import numpy as np
+import ports
 import pytest
 
 pytestmark = pytest.mark.multiworker
@@ -17,17 +17,6 @@ TESTS = pathlib.Path(__file__).parent
 NUM_WORKERS = 2
 # Both start in some 10 seconds; a machine may be busy.
 TIMEOUT_SECONDS = 180
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def start(index, addresses):
@@ -50,7 +39,7 @@ def start(index, addresses):
 @pytest.fixture(scope="module")
 def workers():
     """What each of two workers printed, which ran once for all tests."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(NUM_WORKERS)]
+    addresses = [f"127.0.0.1:{port}" for port in ports.free(NUM_WORKERS)]
     processes = [start(index, addresses) for index in range(NUM_WORKERS)]
     try:
         outputs = [

@@ -3,11 +3,11 @@
 import pathlib
 
 import numpy as np
+import prepared_fixture
 import pytest
 import tensorflow_datasets as tfds
 
 from examples import prepared
-from tests import prepared_fixture
 
 IMAGE = np.zeros((32, 32, 3), "uint8")
 

@@ -38,18 +38,22 @@ class TestStreams:
                 assert number == expected
                 np.testing.assert_array_equal(draws, expected_draws)
 
-    def test_workers_share_it_without_rest(self, stream, size):
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_workers_share_it_without_rest(self, stream, size, rows):
         whole = [int(number) for number, _ in stream(12, start=5)]
         shares = [
             [
                 int(number)
                 for number, _ in stream(
-                    4, start=5, share=streams.Share(index, 3)
+                    4, start=5, share=streams.Share(index, 3, rows)
                 )
             ]
             for index in range(3)
         ]
-        assert [number for three in zip(*shares) for number in three] == whole
+        # Batches of 3 workers: so many rows of the first, then of the second.
+        parts = [np.reshape(share, (-1, rows)) for share in shares]
+        batches = np.concatenate(parts, axis=1)
+        assert batches.ravel().tolist() == whole
 
     def test_seeds_differ(self, stream, size):
         first, second = stream(size), stream(size, seed=4)
