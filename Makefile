@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-versions test-oldest test-newest lint \
+.PHONY: help demo study test test-versions test-oldest test-newest lint \
 	types format bench clean distclean
 
 help:  ## List the targets
@@ -25,6 +25,10 @@ help:  ## List the targets
 
 demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (out/demo)
 	$(BIN)/python -m examples.digits.demo
+
+study: $(VENV)/installed-demo  ## Train the five miniatures by all algorithms (out/study)
+	$(BIN)/python -m examples.study
+	$(BIN)/python -m examples.imagenet.elastic_demo
 
 test: $(VENV)/installed-test  ## Run all tests
 	$(BIN)/python $(PYTEST) $(PYTEST_FLAGS)

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -330,7 +331,31 @@ def _result(model, progress, task, settings):
 
 
 def _evaluate(model, dataset):
-    return model.evaluate(dataset, verbose=0, return_dict=True)
+    with warnings.catch_warnings():
+        # Keras warns of the end of a dataset whose length it does not know: of
+        # every one from which records may be dropped.
+        warnings.filterwarnings("ignore", message="Your input ran out of data")
+        return model.evaluate(dataset, verbose=0, return_dict=True)
+
+
+def predictions(model, dataset):
+    """Yields each batch of a dataset with the model's outputs for it.
+
+    Unlike `predict` it runs on one device, and every worker sees all batches:
+    for metrics that are not computed in parts.
+
+    Args:
+        model: Keras model.
+        dataset: finite `tf.data.Dataset` of tuples whose first entry is the
+            model's input.
+    """
+    call = tf.function(
+        lambda x: model(x, training=False),
+        autograph=False,
+        reduce_retracing=True,
+    )
+    for batch in dataset:
+        yield batch, call(batch[0])
 
 
 class Progress(keras.callbacks.Callback):
