@@ -61,29 +61,44 @@ def mapped(dataset, function, reason):
     )
 
 
-def _counted(numbered, reason):
-    """Returns the elements of a numbered dataset, counting the gaps."""
+def counted(dataset, reason):
+    """Returns values, counting what was dropped for each.
 
-    def count(state, element):
-        number, value = element
-        # Numbers begin at 0: so many were kept of those before this one.
-        kept, dropped_before = state
-        now = number - kept
+    Args:
+        dataset: `tf.data.Dataset` of (value, dropped, seen): int64 scalars that
+            say how many of how many records this element stands for were
+            dropped.
+        reason: str, why.
+    """
+
+    def count(totals, element):
+        value, dropped, seen = element
+        before, seen_before = totals
+        now, seen_now = before + dropped, seen_before + seen
         told = tf.cond(
-            now > dropped_before,
-            lambda: tf.numpy_function(
-                tell, [dropped_before, now, number + 1], tf.int64
-            ),
+            dropped > 0,
+            lambda: tf.numpy_function(tell, [before, now, seen_now], tf.int64),
             lambda: now,
         )
-        return (kept + 1, told), value
+        return (told, seen_now), value
 
     def tell(before, now, seen):
         _tell(int(before), int(now), int(seen), reason)
         return now
 
     zero = tf.constant(0, tf.int64)
-    return numbered.scan((zero, zero), lambda *args: count(*args))
+    return dataset.scan((zero, zero), lambda *args: count(*args))
+
+
+def _counted(numbered, reason):
+    """Returns the elements of a numbered dataset, counting the gaps."""
+
+    def gap(expected, element):
+        number, value = element
+        return number + 1, (value, number - expected, number - expected + 1)
+
+    gaps = numbered.scan(tf.constant(0, tf.int64), lambda *args: gap(*args))
+    return counted(gaps, reason)
 
 
 def _tell(before, dropped, seen, reason):

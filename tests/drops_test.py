@@ -75,3 +75,16 @@ def test_each_pass_counts_anew():
     # Of 300 records 150: not more than half, however often they are read.
     for _ in range(3):
         assert len(list(kept)) == 150
+
+
+def test_counted_adds_up_what_each_element_lost(caplog):
+    # Of 2, 3 and 4 boxes, 1, 0 and 2 were dropped.
+    dataset = tf.data.Dataset.from_tensor_slices(
+        (["a", "b", "c"], np.array([1, 0, 2]), np.array([2, 3, 4]))
+    )
+    kept = drops.counted(dataset, "no area")
+    assert [value.numpy() for value in kept] == [b"a", b"b", b"c"]
+    assert messages(caplog) == [
+        "1 of 2 records dropped so far: no area",
+        "3 of 9 records dropped so far: no area",
+    ]
