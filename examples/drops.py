@@ -87,7 +87,10 @@ def counted(dataset, reason):
         return now
 
     zero = tf.constant(0, tf.int64)
-    return dataset.scan((zero, zero), lambda *args: count(*args))
+    values = dataset.scan((zero, zero), lambda *args: count(*args))
+    # A filter's length is unknown: without what was dropped it is not that of
+    # the data.
+    return values.filter(lambda *value: True)
 
 
 def _counted(numbered, reason):

@@ -155,6 +155,8 @@ def run(task, settings):
         _compile(model, plan, plan.phases[0], task, settings)
         model.optimizer.build(model.trainable_variables)
         progress = Progress(model, plan, settings, interval, save=chief)
+    # Made before training: data that are not there are told of now.
+    test_dataset = _test_dataset(task, settings, strategy)
     print(
         f"{task.name}: {settings.algorithm} at S = {_scale_text(settings)}, "
         f"base batch {task.base_batch}, step {progress.step} of "
@@ -165,7 +167,7 @@ def run(task, settings):
         with strategy.scope():
             _compile(model, plan, progress.phase, task, settings)
         _fit(model, plan, progress, task, settings, write=chief)
-    result = _result(model, progress, task, settings)
+    result = _result(model, test_dataset, progress, task, settings)
     if chief:
         _write_json(_path(settings, "result.json"), result._asdict())
     print(f"{task.name}: {result}", flush=True)
@@ -309,11 +311,13 @@ def _distributed(task, progress, batch_size, model):
     )
 
 
-def _result(model, progress, task, settings):
-    replicas = model.distribute_strategy.num_replicas_in_sync
+def _test_dataset(task, settings, strategy):
+    replicas = strategy.num_replicas_in_sync
     dataset = task.test_dataset(task.base_batch * replicas)
-    if settings.smoke:
-        dataset = dataset.take(SMOKE_TEST_BATCHES)
+    return dataset.take(SMOKE_TEST_BATCHES) if settings.smoke else dataset
+
+
+def _result(model, dataset, progress, task, settings):
     evaluate = task.evaluate or _evaluate
     metrics = evaluate(model, dataset)
     mean_gain = None

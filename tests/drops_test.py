@@ -54,6 +54,12 @@ def test_mapped_drops_images_that_do_not_decode(caplog):
     ]
 
 
+def test_the_length_is_not_known():
+    dataset = tf.data.Dataset.range(12)
+    kept = drops.mapped(dataset, tf.identity, "none")
+    assert kept.cardinality() == tf.data.UNKNOWN_CARDINALITY
+
+
 def test_nothing_dropped_nothing_told(caplog):
     kept = drops.filtered(tf.data.Dataset.range(5), lambda x: x >= 0, "none")
     assert len(list(kept)) == 5
