@@ -301,8 +301,6 @@ class TestCifar10:
             source.train_dataset(128, seed=0)
 
 
-# Keras warns of the end of data whose length it does not know.
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 class TestTask:
     @pytest.mark.parametrize(
         "name, batch, steps", [("tfds", 128, 39_100), ("embedded", 16, 1500)]
