@@ -44,15 +44,20 @@ setup(
             "jiwer>=4.0",
             "matplotlib",
             "num2words>=0.5.14",
-            "pycocotools>=2.0.11",
             "sacrebleu>=2.6",
             "scikit-learn",
             "tensorboard",
             "tensorflow-datasets>=4.9.10",
-            "tokenizers>=0.22",
+            "tokenizers>=0.23",
         ],
         # With the examples' extra: the suite tests them too.
-        "test": ["hypothesis", "pytest>=8.2", "pytest-xdist", "tensorboard"],
+        "test": [
+            "hypothesis",
+            "pycocotools>=2.0.11",
+            "pytest>=8.2",
+            "pytest-xdist",
+            "tensorboard",
+        ],
         "dev": ["pyright[nodejs]", "ruff"],
     },
     classifiers=[

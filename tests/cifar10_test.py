@@ -2,13 +2,13 @@
 
 import keras
 import numpy as np
+import prepared_fixture
 import pytest
 import tensorflow as tf
 
 from examples import streams, training
 from examples.cifar10 import data, model, train
 from examples.digits import data as digits_data
-from tests import prepared_fixture
 
 LAST_DRAW = np.nextafter(np.float32(1), np.float32(0))
 PHOTOS = np.random.default_rng(0).integers(0, 256, (26, 32, 32, 3), np.uint8)

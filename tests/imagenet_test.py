@@ -4,13 +4,13 @@ import re
 
 import keras
 import numpy as np
+import prepared_fixture
 import pytest
 import tensorflow as tf
 
 from examples import photos, streams, training
 from examples.digits import data as digits
 from examples.imagenet import data, model, train
-from tests import prepared_fixture
 
 LAST_DRAW = np.nextafter(np.float32(1), np.float32(0))
 # Of ghost batches of 2: means 1 and 12, variances 1 and 4.

@@ -2,12 +2,12 @@
 
 import keras
 import numpy as np
+import prepared_fixture
 import pytest
 import tensorflow as tf
 
 from examples import streams, training
 from examples.speech import data, model, synthesizer, train
-from tests import prepared_fixture
 
 # The average speaker in a silent room.
 AVERAGE = synthesizer.Speaker(

@@ -7,6 +7,7 @@ import math
 
 import keras
 import numpy as np
+import prepared_fixture
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -18,7 +19,6 @@ from scipy import stats
 from examples import streams, training
 from examples.digits import data as digits_data
 from examples.yolo import augmentation, boxes, data, loss, metric, model, train
-from tests import prepared_fixture
 
 # Two heads on an image of 32 pixels: 4 cells with one anchor each, then 1 cell
 # with two anchors.
