@@ -412,6 +412,26 @@ class TestGoingOn:
 
 
 class TestCommand:
+    def test_tasks_leave_the_devices_to_the_strategy(self, tmp_path):
+        # Logical devices cannot be made once anything has run on a device.
+        code = """
+import importlib, sys
+from examples import strategies, study
+for benchmark in study.SCALES:
+    train = importlib.import_module(f"examples.{benchmark}.train")
+    train.task()
+    train.task(data="tfds", data_dir=sys.argv[1])
+print(strategies.make("mirrored", replicas=2).num_replicas_in_sync)
+"""
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.stdout.strip() == "2", process.stderr
+
     def test_two_devices_and_micro_batches(self, tmp_path):
         process = subprocess.run(
             [

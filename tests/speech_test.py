@@ -542,7 +542,7 @@ class TestEvaluate:
 class TestTask:
     @pytest.mark.parametrize(
         "name, batch, steps, rate",
-        [("tfds", 32, 84_800, 1.4e-3), ("embedded", 8, 800, 6e-3)],
+        [("tfds", 32, 84_800, 1.4e-3), ("embedded", 8, 1200, 6e-3)],
     )
     def test_is_the_papers(self, name, batch, steps, rate):
         task = train.task(data=name)

@@ -75,7 +75,7 @@ def task(
         size, base_batch, total_steps, rate = model.FULL, 32, 84_800, 1.4e-3
     else:
         source = sources.digits(validation=validation)
-        size, base_batch, total_steps, rate = model.MINIATURE, 8, 800, 6e-3
+        size, base_batch, total_steps, rate = model.MINIATURE, 8, 1200, 6e-3
     rate = rate if learning_rate is None else learning_rate
     return training.Task(
         name=name,
