@@ -36,7 +36,9 @@ class Run(NamedTuple):
     @property
     def label(self):
         """String, for tables and plots."""
-        return f"{TITLES[self.result['algorithm']]}, S = {self.result['scale']}"
+        scale = self.result["scale"]
+        which = f"S = {scale}" if isinstance(scale, int) else "elastic"
+        return f"{TITLES[self.result['algorithm']]}, {which}"
 
 
 def train(benchmark, model_dir, *arguments):

@@ -55,20 +55,21 @@ class Row(NamedTuple):
     seconds: float
 
 
-def study(benchmark, scale, *, seed, out):
-    """Trains a benchmark by every algorithm.
+def study(benchmark, scale, *, seed, out, algorithms=tuple(runs.TITLES)):
+    """Trains a benchmark by several algorithms.
 
     Args:
         benchmark: str, one of `SCALES`.
         scale: int, S of all algorithms but "identity".
         seed: int.
         out: str, directory; what it has is not trained again.
+        algorithms: sequence of str, "adascale" before "lsw_plus".
 
     Yields:
         `Row` per algorithm, as they finish.
     """
     done = {row[:4]: row for row in read(out)}
-    for algorithm in runs.TITLES:
+    for algorithm in algorithms:
         at_scale = 1 if algorithm == "identity" else scale
         key = (benchmark, algorithm, at_scale, seed)
         if key not in done:
@@ -208,17 +209,28 @@ def main(arguments=None):
     )
     parser.add_argument("--out", default="out/study", help="directory")
     parser.add_argument("--seeds", default="0", help="as in 0,1,2")
+    parser.add_argument(
+        "--algorithms", default=",".join(runs.TITLES), help="as in the default"
+    )
     options = parser.parse_args(arguments)
-    unknown = set(options.benchmarks) - set(SCALES)
-    if unknown:
-        parser.error(f"no such benchmark: {', '.join(unknown)}")
+    algorithms = options.algorithms.split(",")
+    for kind, unknown in (
+        ("benchmark", set(options.benchmarks) - set(SCALES)),
+        ("algorithm", set(algorithms) - set(runs.TITLES)),
+    ):
+        if unknown:
+            parser.error(f"no such {kind}: {', '.join(unknown)}")
     os.makedirs(options.out, exist_ok=True)
     rows = [
         row
         for benchmark in options.benchmarks or SCALES
         for seed in options.seeds.split(",")
         for row in study(
-            benchmark, SCALES[benchmark], seed=int(seed), out=options.out
+            benchmark,
+            SCALES[benchmark],
+            seed=int(seed),
+            out=options.out,
+            algorithms=algorithms,
         )
     ]
     path = os.path.join(options.out, "benchmarks.png")

@@ -389,7 +389,13 @@ class Progress(keras.callbacks.Callback):
             for name in ("step", "base_batches", "epoch", "phase")
         }
         self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(model=model, **self._counts),
+            tf.train.Checkpoint(
+                model=model,
+                # Of a subclassed model, TensorFlow does not see the layers that
+                # it holds in lists.
+                variables=[variable.value for variable in model.variables],
+                **self._counts,
+            ),
             _path(settings, "checkpoint"),
             max_to_keep=1,
         )

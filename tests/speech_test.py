@@ -537,8 +537,6 @@ class TestEvaluate:
         assert train.transcripts(np.eye(29, dtype="float32")[symbols]) == ["aa"]
 
 
-# Keras warns of the end of data whose length it does not know.
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 class TestTask:
     @pytest.mark.parametrize(
         "name, batch, steps, rate",

@@ -80,7 +80,17 @@ class TestStudy:
         with pytest.raises(SystemExit):
             study.main(["cifar11"])
         assert "no such benchmark: cifar11" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            study.main(["cifar10", "--algorithms=adam"])
+        assert "no such algorithm: adam" in capsys.readouterr().err
         assert not trained
+
+    def test_some_algorithms_only(self, tmp_path, trained):
+        rows = study.main(
+            ["yolo", f"--out={tmp_path}", "--algorithms=identity,adascale"]
+        )
+        assert [row.algorithm for row in rows] == ["identity", "adascale"]
+        assert len(trained) == 2
 
 
 def test_elastic_demo_goes_up_and_down(tmp_path, trained, capsys):

@@ -49,7 +49,7 @@ def picture(results, path):
             xlabel="steps at the base batch (AdaScale: τ)",
             yscale="log",
         )
-        figures.label(losses, [plain, lsw, adascale], x=0.35, y=0.72)
+        figures.label(losses, [plain, lsw, adascale], x=0.62, y=0.6)
         figures.draw(gains, adascale, tau, adascale.log["gain"])
         figures.draw(gains, adascale, tau, adascale.log["scale"], linestyle=":")
         gains.set(
