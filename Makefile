@@ -71,9 +71,10 @@ $(VENV)/installed-%: setup.py tf_adascale/version.py | $(BIN)/python
 	touch $@
 
 # The bounds of setup.py: the lowest versions of everything, and the highest of
-# TensorFlow and Keras.
+# TensorFlow and Keras. tensorflow-metadata, which tensorflow-datasets needs,
+# does not load beside this TensorFlow's protobuf from 1.21 on.
 out/versions/oldest/installed: VERSIONS := tensorflow-cpu==2.18.1 \
-	keras==3.10.0 numpy==1.26.4 absl-py==2.1.0
+	keras==3.10.0 numpy==1.26.4 absl-py==2.1.0 tensorflow-metadata==1.17.1
 out/versions/newest/installed: VERSIONS := tensorflow-cpu==2.21.0 \
 	keras==3.15.1
 out/versions/%/installed: setup.py tf_adascale/version.py Makefile

@@ -47,6 +47,7 @@ setup(
             "sacrebleu>=2.6",
             "scikit-learn",
             "tensorboard",
+            # With TensorFlow 2.18 it needs tensorflow-metadata<1.21.
             "tensorflow-datasets>=4.9.10",
             "tokenizers>=0.23",
         ],

@@ -151,9 +151,9 @@ class TestGhostBatchNormalization:
         saved = keras.Model(inputs, layer(inputs))
         saved(COLUMN, training=True)
         saved.save(tmp_path / "model.keras")
-        loaded = keras.saving.load_model(tmp_path / "model.keras")
-        np.testing.assert_array_equal(saved(COLUMN), loaded(COLUMN))
-        assert loaded.layers[-1].get_config() == layer.get_config()
+        loaded = keras.saving.load_model(tmp_path / "model.keras").layers[-1]
+        np.testing.assert_array_equal(layer(COLUMN), loaded(COLUMN))
+        assert loaded.get_config() == layer.get_config()
         np.testing.assert_allclose(
             loaded(COLUMN, training=True), [[-1], [1], [-1], [1]], rtol=1e-6
         )
