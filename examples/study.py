@@ -17,6 +17,8 @@ import os
 import time
 from typing import NamedTuple
 
+from matplotlib import ticker
+
 from examples import figures, runs
 
 # A scale at which linear scaling has broken down.
@@ -187,10 +189,12 @@ def picture(rows, path):
             xscale="log",
             ylim=(-5, 105),
         )
+        # Labels of powers of ten only: the others run into one another.
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
     for number, algorithm in enumerate(runs.TITLES):
         title = runs.TITLES[algorithm]
         panels.flat[0].text(
-            0.03,
+            0.42,
             0.05 + 0.08 * number,
             f"{title}, S = 1" if algorithm == "identity" else title,
             color=figures.COLORS[algorithm],

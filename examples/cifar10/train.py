@@ -7,7 +7,7 @@ The miniature, which needs no download:
 
 Command:  python -m examples.cifar10.train --algorithm=adascale --scale=64
 Hardware: one CPU
-Time:     20 seconds, and as long with --algorithm=identity --scale=1
+Time:     30 seconds; 15 with --algorithm=identity --scale=1 on two cores
 Metric:   accuracy on the test split: 99 % for both
 
 The paper's model and data:

@@ -3,7 +3,8 @@
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: imagenet, appendix B.4.2
 Command:  python -m examples.imagenet.train --algorithm=adascale --scale=32
-Hardware: one CPU
+Hardware: 2 CPU cores
+Time:     4 minutes; 41 seconds with --algorithm=identity --scale=1
 Metric:   accuracy on the test split: 98 %, as with --scale=1; 16 % with
           --algorithm=lsw
 

@@ -6,9 +6,11 @@ Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
 The miniature, which needs no download:
 
 Command:  python -m examples.speech.train --algorithm=adascale --scale=16
-Hardware: one CPU
+Hardware: 2 CPU cores
+Time:     8 minutes beside other work; 51 seconds with --algorithm=identity
+          --scale=1 and nothing beside it
 Metric:   word accuracy, 1 - word error rate, on the test split's speakers:
-          95 %; 99 % with --algorithm=identity --scale=1
+          98 %; 99 to 100 % with --algorithm=identity --scale=1
 
 The paper's model and data:
 

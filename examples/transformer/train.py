@@ -3,8 +3,9 @@
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: transformer, appendix B.4.4
 Command:  python -m examples.transformer.train --algorithm=adascale --scale=16
-Hardware: one CPU
-Metric:   BLEU on the test split
+Hardware: 2 CPU cores
+Time:     3 minutes; 54 seconds with --algorithm=identity --scale=1
+Metric:   BLEU on the test split: 97 to 98 for both
 
 Full size:
 

@@ -6,7 +6,9 @@ Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
 The miniature, which needs no download:
 
 Command:  python -m examples.yolo.train --algorithm=adascale --scale=32
-Hardware: one CPU
+Hardware: 2 CPU cores
+Time:     10 minutes beside other work; 50 seconds with --algorithm=identity
+          --scale=1 and nothing beside it
 Metric:   map on the test split, mean average precision at an overlap of 0.5 by
           the definition of VOC 2007
 
