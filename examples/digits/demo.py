@@ -9,7 +9,8 @@ Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
 Command:  python -m examples.digits.demo --out=out/demo
 Hardware: 2 CPU cores
 Time:     3 minutes; given again, it goes on where it was stopped
-Metric:   accuracy: 99 % for SGD and AdaScale, 90 to 99 % for LSW+, 25 to 33 % for LSW
+Metric:   accuracy: 99 % for SGD and AdaScale, 90 to 99 % for LSW+, 25 to 33 %
+          for LSW
 """
 
 import argparse
