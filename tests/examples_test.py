@@ -404,6 +404,28 @@ class TestGoingOn:
         for key, value in expected.items():
             np.testing.assert_array_equal(actual[key], value, err_msg=key)
 
+    def test_layers_in_lists_are_saved(self, tmp_path):
+        class Listed(Model):
+            def __init__(self):
+                super().__init__()
+                self.parts = [keras.layers.Flatten(), keras.layers.Dense(10)]
+                self(keras.ops.zeros((1, 8, 8, 1)))
+
+            def call(self, x):
+                for part in self.parts:
+                    x = part(x)
+                return x
+
+        task = one_layer()._replace(model=Listed)
+        first = run(tmp_path, task=task, scale=2, smoke=True)
+        # Goes on with what was saved, which is the end.
+        assert run(tmp_path, task=task, scale=2, smoke=True) == first
+        assert any(
+            value.shape == (64, 10)
+            for key, value in saved_values(tmp_path, "run").items()
+            if key.startswith("variables")
+        )
+
     def test_finished_runs_train_no_more(self, tmp_path):
         first = run(tmp_path, scale=2, smoke=True)
         log = rows(tmp_path)
