@@ -20,13 +20,11 @@ class Progress(keras.callbacks.Callback):
 
     Attributes:
         interval: int, as given.
-        seed: int, of the data.
     """
 
     def __init__(self, model, plan, settings, interval, *, save):
         super().__init__()
         self.interval = interval
-        self.seed = settings.seed
         self._phases = plan.phases
         self._counts = {
             name: tf.Variable(0, dtype=tf.int64, trainable=False)

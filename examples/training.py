@@ -268,7 +268,7 @@ def _fit(model, plan, progress, task, settings, *, write):
     steps_left = phase.last_iteration - progress.step
     try:
         model.fit(
-            _distributed(task, progress, phase.scale * task.base_batch, model),
+            _distributed(task, progress, settings, model),
             initial_epoch=progress.epoch,
             epochs=progress.epoch + math.ceil(steps_left / progress.interval),
             steps_per_epoch=progress.interval,
@@ -287,11 +287,12 @@ def _fit(model, plan, progress, task, settings, *, write):
         sys.exit(f"\nStopped. The same command goes on: {settings.model_dir}")
 
 
-def _distributed(task, progress, batch_size, model):
+def _distributed(task, progress, settings, model):
     """Returns the training data from where `progress` stands.
 
     Each worker reads its own share of a batch and splits it among its replicas.
     """
+    batch_size = progress.phase.scale * task.base_batch
 
     def replicas_batches(context):
         workers = context.num_input_pipelines
@@ -300,7 +301,7 @@ def _distributed(task, progress, batch_size, model):
         )
         dataset = task.train_dataset(
             batch_size,
-            seed=progress.seed,
+            seed=settings.seed,
             start=progress.base_batches * task.base_batch,
             share=share,
         )

@@ -15,7 +15,15 @@ import tensorflow as tf
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from examples import algorithms, figures, flags, runs, strategies, training
+from examples import (
+    algorithms,
+    data_flags,
+    figures,
+    flags,
+    runs,
+    strategies,
+    training,
+)
 from examples.digits import data, demo, train
 from tf_adascale import Model
 
@@ -189,6 +197,26 @@ class TestFlags:
         assert self.parsed("--elastic=0:4,0.5:8").elastic == "0:4,0.5:8"
 
     @pytest.mark.parametrize(
+        "arguments, keywords",
+        [([], {}), (["--learning_rate=0.5"], {"learning_rate": 0.5})],
+    )
+    def test_only_a_rate_that_was_given_overrides(self, arguments, keywords):
+        with flagsaver.flagsaver():
+            absl_flags.FLAGS(["train", *arguments])
+            assert flags.overrides() == keywords
+
+    def test_data_of_a_task(self):
+        with flagsaver.flagsaver():
+            absl_flags.FLAGS(["train", "--data=tfds", "--split=validation"])
+            assert data_flags.values() == {
+                "data": "tfds",
+                "data_dir": None,
+                "split": "validation",
+            }
+        with pytest.raises(absl_flags.IllegalFlagValueError, match="one of"):
+            absl_flags.FLAGS(["train", "--data=mnist"])
+
+    @pytest.mark.parametrize(
         "arguments, message",
         [
             (["--algorithm=adam"], "should be one of"),
@@ -306,6 +334,14 @@ class TestRun:
         settings = training.Settings(elastic="0:2,0.5:3")
         with pytest.raises(ValueError, match="do not make the scale"):
             training._scales(settings, 2)
+
+    def test_test_data_that_are_not_there_are_told_of_first(self, tmp_path):
+        def test_dataset(batch_size):
+            raise ValueError("not prepared")
+
+        with pytest.raises(ValueError, match="not prepared"):
+            run(tmp_path, task=one_layer()._replace(test_dataset=test_dataset))
+        assert os.listdir(tmp_path / "run") == ["run.json"]
 
     def test_a_metric_of_ones_own(self, tmp_path):
         def evaluate(model, dataset):

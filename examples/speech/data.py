@@ -24,8 +24,8 @@ UNKNOWN = -1
 BY_HAND = "ffmpeg on the PATH, and the Python package pydub"
 # The fastest reading that is not left out, in characters per second.
 FASTEST = 25
-# Records take 2 megabytes on average: 12 seconds, 8 bytes a sample. They were
-# shuffled as a whole when they were prepared.
+# 12 seconds are 1.5 megabytes: 16,000 samples a second of 8 bytes. All records
+# were shuffled when they were prepared.
 SHUFFLE_BUFFER = 500
 
 # Of the miniature. No speaker is in two parts.
@@ -140,8 +140,7 @@ def librispeech(
         validation: bool, whether to train on train-clean-360 only and to test
             on a tenth of train-clean-100: they have no speaker in common.
         seconds: float, length of the longest recording that is trained on.
-        test_seconds: float, likewise that is tested on. The longest one of
-            dev-clean has 32.6 seconds.
+        test_seconds: float, likewise that is tested on.
     """
     parts = ("train_clean100+train_clean360", "dev_clean")
     if validation:
@@ -319,7 +318,8 @@ def examples(records, form):
 
     Returns:
         `tf.data.Dataset` of (inputs, labels): a dict of "features" and
-        "lengths"; see `Split`.
+        "lengths", see `model.deep_speech`; and the symbols of the transcript,
+        padded with 0.
     """
 
     def fits(speech, labels):
