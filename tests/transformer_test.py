@@ -599,6 +599,7 @@ class TestTask:
             np.testing.assert_allclose(rates, [0.01, 0.01, 0.001], rtol=1e-6)
         optimizer = task.optimizer(0.01)
         assert (optimizer.momentum, optimizer.nesterov) == (0.99, False)
+        assert task.loss().smoothing == 0.1
 
     def test_unprepared_data_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="is not prepared") as error:
