@@ -746,12 +746,6 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             AdaScale(SGD(0.1), power=power)
 
-    def test_preconditioned(self):
-        inner = SGD(0.1)
-        with pytest.raises(NotImplementedError, match="preconditioned=True"):
-            AdaScale(inner, preconditioned=True)
-        assert isinstance(inner.learning_rate, keras.Variable)
-
     def test_arguments_by_position(self):
         with pytest.raises(TypeError):
             AdaScale(SGD(0.1), 2)

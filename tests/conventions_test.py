@@ -23,7 +23,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # tf_adascale.__all__: the public surface.
 PUBLIC_NAMES = {
     "AdaScale",
+    "Adasum",
     "Model",
+    "adasum",
     "callbacks",
     "ema",
     "gain",
@@ -35,12 +37,15 @@ PUBLIC_NAMES = {
 LAYERS = {
     "__init__": 4,
     "adascale": 3,
+    "adasum_optimizer": 3,
     "callbacks": 3,
     "model": 3,
     "schedules": 3,
     "wrapper": 2,
     "loss_scale": 1,
+    "preconditioner": 1,
     "replicas": 1,
+    "adasum": 0,
     "ema": 0,
     "gain": 0,
     "microbatches": 0,
@@ -52,7 +57,7 @@ LAYERS = {
 KNOW_DISTRIBUTE = {"replicas"}
 
 # The only modules that may use underscore attributes that are not ours.
-KNOW_KERAS_INTERNALS = {"model", "wrapper"}
+KNOW_KERAS_INTERNALS = {"model", "preconditioner", "wrapper"}
 
 # Modules of which nothing can be tested but that they are there.
 UNTESTED = {"__init__", "version"}
@@ -81,13 +86,17 @@ def _sgd():
 # default.
 SERIALIZABLE = {
     "AdaScale": lambda: tf_adascale.AdaScale(
-        _sgd(),
+        keras.optimizers.AdamW(_decay(), beta_1=0.5),
         scale=4,
         estimator="ratio",
         smoothing=0.5,
         power=0.5,
+        preconditioned=True,
         scale_ema=False,
         name="another",
+    ),
+    "Adasum": lambda: tf_adascale.Adasum(
+        _sgd(), combine="gradients", group_size=2, name="another"
     ),
     "LegwScaling": lambda: tf_adascale.schedules.LegwScaling(
         _decay(), scale=4, warmup_steps=3

@@ -84,3 +84,73 @@ def test_in_a_function(jit_compile):
     # 0.5^3 = 1/8: 8/8 + 16 * 7/8 = 15.
     average = step(tf.constant(8.0), tf.constant(16.0), tf.constant(3.0))
     np.testing.assert_allclose(average, 15.0, rtol=1e-6)
+
+
+def line(steps, momentum, average):
+    """The average after base steps to 1, 2, ..., by the definition."""
+    for position in range(1, steps + 1):
+        average = momentum * average + (1 - momentum) * position
+    return average
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 64, 5000])
+def test_one_step_averages_like_the_base_steps_it_stands_for(momentum, steps):
+    expected = line(steps, momentum, average=-3.0)
+    # In float32, 1 - rho is rounded: for 0.9999 by 3e-8 of 1e-4.
+    for dtype, rtol in (("float64", 1e-12), ("float32", 3e-4)):
+        got = ema.advanced(
+            tf.constant(-3.0, dtype),
+            tf.constant(0.0, dtype),
+            tf.constant(float(steps), dtype),
+            momentum=momentum,
+            steps=tf.constant(float(steps), dtype),
+        )
+        # Relative to what the average has moved through.
+        np.testing.assert_allclose(
+            got, expected, atol=rtol * (steps + 3), rtol=0
+        )
+
+
+def test_two_steps_average_like_their_base_steps():
+    # From 0 to 3 in three base steps, on to 8 in five.
+    average = float64(0.5)
+    for before, after in [(0.0, 3.0), (3.0, 8.0)]:
+        average = ema.advanced(
+            average,
+            float64(before),
+            float64(after),
+            momentum=0.8,
+            steps=float64(after - before),
+        )
+    np.testing.assert_allclose(average, line(8, 0.8, 0.5), rtol=1e-12)
+
+
+def test_advanced_by_one_step_is_averaged():
+    before, after = float64([1.0, -2.0]), float64([0.5, 4.0])
+    average = float64([3.0, 0.25])
+    got = ema.advanced(
+        average, before, after, momentum=0.9999, steps=float64(1.0)
+    )
+    expected = ema.averaged(average, after, float64(0.9999))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_advanced_between_whole_steps():
+    """Grows smoothly with the steps, below and above the switch of formulas."""
+    steps = np.linspace(0.5, 400, 4000)
+    way = np.array(
+        [
+            ema.advanced(
+                float64(0.0),
+                float64(0.0),
+                float64(1.0),
+                momentum=0.99,
+                steps=float64(r),
+            )
+            for r in steps
+        ]
+    )
+    assert np.all(np.diff(way) > 0)
+    # Third differences of a smooth function are tiny; a jump's are not.
+    assert np.abs(np.diff(way, 3)[10:]).max() < 1e-6

@@ -9,15 +9,18 @@ except ImportError as error:
         '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
     ) from error
 
-from tf_adascale import callbacks, ema, gain, norms, schedules
+from tf_adascale import adasum, callbacks, ema, gain, norms, schedules
 from tf_adascale.adascale import AdaScale
+from tf_adascale.adasum_optimizer import Adasum
 from tf_adascale.model import Model
 from tf_adascale.version import __version__
 
 __all__ = [
     "AdaScale",
+    "Adasum",
     "Model",
     "__version__",
+    "adasum",
     "callbacks",
     "ema",
     "gain",

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tf_adascale import gain as gain_lib
 from tf_adascale import loss_scale as loss_scale_lib
-from tf_adascale import norms, replicas, wrapper
+from tf_adascale import norms, preconditioner, replicas, wrapper
 
 _ESTIMATORS = ("moments", "ratio", "differenced")
 
@@ -48,9 +48,14 @@ class AdaScale(wrapper.Wrapper):
             max(1 - n / 1000, 0), the paper's.
         power: number >= 0, the power of the gain that multiplies the rate: 1 is
             AdaScale SGD, 0.5 suits adaptive optimizers.
-        preconditioned: bool. Not available yet.
+        preconditioned: bool, whether the gain is that of the gradients divided
+            by the inner optimizer's sqrt(v-hat) + epsilon, as it is before the
+            step: with `power=0.5` this is AdamScale. For Adam, AdamW, Adamax,
+            Lamb, Nadam and RMSprop. Until these have taken 5 steps nothing is
+            divided; then the averages begin anew, for the units change.
         scale_ema: bool, whether the inner optimizer's `use_ema` advances by
-            r_t base steps per step, rho^r_t for rho.
+            r_t base steps per step, rho^r_t for rho: see `tf_adascale.ema`.
+            `ema_overwrite_frequency` counts iterations all the same.
         name: string.
 
     Attributes:
@@ -61,7 +66,6 @@ class AdaScale(wrapper.Wrapper):
             wrapped, or arguments that belong to `optimizer`; and at the first
             step, for one sample per step at a scale that is not 1 with an
             estimator other than "differenced".
-        NotImplementedError: if `preconditioned` is true.
 
     Example:
 
@@ -76,7 +80,9 @@ class AdaScale(wrapper.Wrapper):
     array([-0.1, -0.1], dtype=float32)
 
     Reference: Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
-    Distributed Training", ICML 2020.
+    Distributed Training", ICML 2020; for `preconditioned`, Qiao et al.,
+    "Pollux: Co-adaptive Cluster Scheduling for Goodput-Optimized Deep
+    Learning", OSDI 2021.
     """
 
     def __init__(
@@ -94,11 +100,9 @@ class AdaScale(wrapper.Wrapper):
     ):
         _check(scale, estimator, smoothing, power)
         if preconditioned:
-            raise NotImplementedError(
-                "AdaScale(preconditioned=True) is not available yet; use "
-                "preconditioned=False."
-            )
+            preconditioner.check(loss_scale_lib.stepping(optimizer))
         super().__init__(optimizer, name=name, **kwargs)
+        self.preconditioned = preconditioned
         self.estimator = estimator
         self.power = power
         self.scale_ema = scale_ema
@@ -184,15 +188,31 @@ class AdaScale(wrapper.Wrapper):
         """Whether `apply` needs `sample_sqnorm` of micro-batches."""
         return self.estimator != "differenced" and self.num_samples > 1
 
+    def sample_sqnorm(self, gradients, variables):
+        """Returns the squared norm of one sample, as `apply` wants it.
+
+        Args:
+            gradients: list of tensors, `tf.IndexedSlices` or None.
+            variables: list of their variables.
+        """
+        if self.preconditioned and not self.built:
+            self.build(variables)
+        present = [p for p in zip(gradients, variables) if p[0] is not None]
+        return _squared_norm(self._divided(*zip(*present)))
+
     def plan(self, variables, gradients, sample_sqnorm, loss_scale):
         """Returns the step: the mean gradients, at the rate of this gain."""
         # Sums over the replicas, each of which divided by their number.
-        sqnorms = self._sample_sqnorms(gradients, sample_sqnorm)
+        sqnorms = []
+        if self.wants_sample_sqnorms:
+            if sample_sqnorm is None:
+                sample_sqnorm = self.sample_sqnorm(gradients, variables)
+            sqnorms = [tf.cast(sample_sqnorm, tf.float32)]
         reduced = replicas.total(sqnorms + gradients)
         sqnorms, gradients = reduced[: len(sqnorms)], reduced[len(sqnorms) :]
         if self.num_replicas > 1:
             gradients = [_without_repeats(g) for g in gradients]
-        sqnorm_of_mean = _squared_norm(gradients)
+        sqnorm_of_mean = self.sample_sqnorm(gradients, variables)
         averages, memory = self._averages(), []
         if self.estimator == "differenced":
             averages, memory = self._differenced(
@@ -221,7 +241,7 @@ class AdaScale(wrapper.Wrapper):
                 tf.math.is_finite([*sqnorms, sqnorm_of_mean, *averages.moments])
             ),
             learning_rate=self._rate(gain, step.whole),
-            base_steps=gain if self.scale_ema else tf.ones_like(gain),
+            base_steps=gain if self.scale_ema and self.scale != 1 else None,
             assignments=[
                 *zip(self._moments, averages.moments),
                 (self._averaged_steps, averages.count),
@@ -238,27 +258,33 @@ class AdaScale(wrapper.Wrapper):
             "estimator": self.estimator,
             "smoothing": self._smoothing,
             "power": self.power,
-            "preconditioned": False,
+            "preconditioned": self.preconditioned,
             "scale_ema": self.scale_ema,
         }
 
-    def _sample_sqnorms(self, gradients, sample_sqnorm):
-        """Returns this replica's part of the extra number, if it is used."""
-        if not self.wants_sample_sqnorms:
-            return []
-        if sample_sqnorm is None:
-            sample_sqnorm = _squared_norm(gradients)
-        return [tf.cast(sample_sqnorm, tf.float32)]
+    def _divided(self, gradients, variables):
+        """Returns the gradients in the units that the gain is taken in."""
+        if not self.preconditioned:
+            return gradients
+        return [
+            preconditioner.divided(
+                gradient,
+                preconditioner.divisors(
+                    self._stepping, self._get_variable_index(variable)
+                ),
+            )
+            for gradient, variable in zip(gradients, variables)
+        ]
 
     def _differenced(self, variables, gradients):
         """Returns the averages, and assignments of what to remember."""
         slots = self.select(self._previous_gradients, variables)
         previous = [_read(slot) for slot in slots]
         present = [tf.convert_to_tensor(g) for g in gradients]
-        difference = [g - p for g, p in zip(present, previous)]
+        now, then = (self._divided(gs, variables) for gs in (present, previous))
         moments = gain_lib.differenced_moments(
-            _squared_norm(difference),
-            tf.cast(norms.dot(present, previous), tf.float32),
+            _squared_norm([g - p for g, p in zip(now, then)]),
+            tf.cast(norms.dot(now, then), tf.float32),
             scale=self.scale,
         )
         seen = _read(self._seen_steps)
@@ -275,6 +301,15 @@ class AdaScale(wrapper.Wrapper):
             _read(self._averaged_steps),
         )
 
+    def _comparable_averages(self):
+        """Returns the averages, empty where this step's units are new."""
+        averages = self._averages()
+        if not self.preconditioned:
+            return averages
+        begins = _read(self.iterations) == preconditioner.WARM_STEPS
+        count = tf.where(begins, tf.zeros_like(averages.count), averages.count)
+        return averages._replace(count=count)
+
     def _updated(self, moments):
         """Returns the averages with one step's moments included."""
         if self.estimator != "ratio":
@@ -282,7 +317,9 @@ class AdaScale(wrapper.Wrapper):
         smoothing = self._smoothing
         if smoothing is None:
             smoothing = gain_lib.default_smoothing(self.num_samples)
-        return gain_lib.averaged(self._averages(), moments, smoothing=smoothing)
+        return gain_lib.averaged(
+            self._comparable_averages(), moments, smoothing=smoothing
+        )
 
     def _gain(self, averages, scale):
         is_ratio = self.estimator == "ratio"

@@ -60,30 +60,39 @@ def uneven_error(error):
     return _uneven_error(*values.groups()) if values else None
 
 
-def summed(function, parts, count):
+def summed(function, parts, count, *, merge=None):
     """Returns the sums and the outputs of a function of each part.
 
     The loop runs in the graph and holds the sums and one part's intermediate
     results at a time.
 
     Args:
-        function: callable of one part's tensors that returns `(terms,
-            outputs)`: a list of tensors of known shapes, or None, to be summed;
-            and nested tensors, or None, whose first axes are to be joined.
-            Which of them are None is the same for every part.
+        function: callable of one part's tensors that returns `(samples, terms,
+            outputs)`: two lists of tensors of known shapes, or None, to be
+            summed; and nested tensors, or None, whose first axes are to be
+            joined. Which of them are None is the same for every part.
         parts: list of nested tensors, or None, with a first axis of `count`.
         count: int >= 1.
+        merge: callable of two lists like `samples` without None, the earlier
+            one first, that returns such a list. With it the samples are not
+            summed but merged in a binary tree over neighbours, where one that
+            is left over at the end of a level moves up as it is. The loop then
+            holds a list per level.
 
     Returns:
-        `(sums, outputs)`, like what `function` returns.
+        `(samples, terms, outputs)`, like what `function` returns.
 
     Example:
 
     >>> parts = [tf.constant([[1.0, 2.0], [3.0, 4.0]])]
-    >>> function = lambda x: ([tf.reduce_sum(x), None], 2 * x)
-    >>> (total, none), outputs = summed(function, parts, 2)
-    >>> float(total), none, outputs.numpy().tolist()
-    (10.0, None, [2.0, 4.0, 6.0, 8.0])
+    >>> function = lambda x: ([tf.reduce_max(x)], [tf.reduce_sum(x)], 2 * x)
+    >>> (most,), (total,), outputs = summed(function, parts, 2)
+    >>> float(most), float(total), outputs.numpy().tolist()
+    (6.0, 10.0, [2.0, 4.0, 6.0, 8.0])
+    >>> rise = lambda earlier, later: [later[0] - earlier[0]]
+    >>> (most,), *_ = summed(function, parts, 2, merge=rise)
+    >>> float(most)
+    2.0
     """
     function = tf.function(function, autograph=False)
 
@@ -95,30 +104,69 @@ def summed(function, parts, count):
         )
 
     # One trace serves for the types of the loop's variables and for its body.
-    terms, outputs = function.get_concrete_function(
+    samples, terms, outputs = function.get_concrete_function(
         *tf.nest.map_structure(lambda x: None if x is None else x[0], parts)
     ).structured_outputs
-    sums = [tf.zeros(x.shape, x.dtype) for x in _present(terms)]
+    levels = count.bit_length() if merge else 1
+    tree = [_zeros(samples) for _ in range(levels)]
     arrays = [
         tf.TensorArray(x.dtype, count, element_shape=x.shape)
         for x in _present(outputs)
     ]
 
-    def add(index, sums, arrays):
-        terms, outputs = call(index)
-        sums = [total + x for total, x in zip(sums, _present(terms))]
-        arrays = [
-            array.write(index, x) for array, x in zip(arrays, _present(outputs))
-        ]
-        return index + 1, sums, arrays
+    def add(index, tree, sums, arrays):
+        samples, terms, outputs = map(_present, call(index))
+        if merge:
+            tree = _pushed(tree, samples, index, merge)
+        else:
+            tree = [_added(tree[0], samples)]
+        arrays = [array.write(index, x) for array, x in zip(arrays, outputs)]
+        return index + 1, tree, _added(sums, terms), arrays
 
-    _, sums, arrays = tf.while_loop(
-        lambda index, *_: index < count, add, (0, sums, arrays)
+    _, tree, sums, arrays = tf.while_loop(
+        lambda index, *_: index < count, add, (0, tree, _zeros(terms), arrays)
     )
     return (
+        _filled(samples, _folded(tree, count, merge) if merge else tree[0]),
         _filled(terms, sums),
         _filled(outputs, [array.concat() for array in arrays]),
     )
+
+
+def _pushed(tree, samples, index, merge, *, level=0):
+    """Returns a tree's pending nodes after one more sample.
+
+    Like a binary counter: bit `level` of the index tells whether a node of that
+    level waits for its neighbour. If so the two merge, which is the carry.
+    """
+
+    def keep():
+        return [*tree[:level], samples, *tree[level + 1 :]]
+
+    def carry():
+        merged = merge(tree[level], samples)
+        return _pushed(tree, merged, index, merge, level=level + 1)
+
+    if level == len(tree) - 1:
+        return keep()
+    return tf.cond((index >> level) % 2 == 1, carry, keep)
+
+
+def _folded(tree, count, merge):
+    """Returns a tree's root after `count` samples: what still waits merges."""
+    waiting = [level for level in range(len(tree)) if count >> level & 1]
+    root = tree[waiting[0]]
+    for level in waiting[1:]:
+        root = merge(tree[level], root)
+    return root
+
+
+def _zeros(structure):
+    return [tf.zeros(x.shape, x.dtype) for x in _present(structure)]
+
+
+def _added(totals, values):
+    return [total + value for total, value in zip(totals, values)]
 
 
 def _present(structure):

@@ -25,7 +25,7 @@ import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
-from tf_adascale import microbatches, norms, replicas, wrapper
+from tf_adascale import microbatches, replicas, wrapper
 
 
 class Model(keras.Model):
@@ -172,21 +172,21 @@ class Model(keras.Model):
         if count == 1:
             return self._sample(x, y, sample_weight)
 
-        def terms(*part):
+        def sample(*part):
             gradients, sqnorm, loss, outputs = self._sample(*part)
             dense = [
                 None if g is None else tf.ensure_shape(g, v.shape)
                 for g, v in zip(gradients, self.trainable_variables)
             ]
-            return [*dense, sqnorm, loss], outputs
+            return dense, [sqnorm, loss], outputs
 
-        (*sums, sqnorm, loss), outputs = microbatches.summed(
-            terms, [x, y, sample_weight], count
+        merge = getattr(self.optimizer, "merge_samples", None)
+        gradients, (sqnorm, loss), outputs = microbatches.summed(
+            sample, [x, y, sample_weight], count, merge=merge
         )
-        *gradients, loss = [
-            None if total is None else total / count for total in [*sums, loss]
-        ]
-        return gradients, sqnorm, loss, outputs
+        if merge is None:
+            gradients = [None if g is None else g / count for g in gradients]
+        return gradients, sqnorm, loss / count, outputs
 
     def _sample(self, x, y, sample_weight):
         """Returns `_gradients` for one gradient sample."""
@@ -199,7 +199,9 @@ class Model(keras.Model):
         gradients = tape.gradient(scaled_loss, self.trainable_variables)
         sqnorm = None
         if getattr(self.optimizer, "wants_sample_sqnorms", False):
-            sqnorm = norms.squared_norm(gradients)
+            sqnorm = self.optimizer.sample_sqnorm(
+                gradients, self.trainable_variables
+            )
         # Keras divided the loss by the number of replicas.
         num_replicas = self.distribute_strategy.num_replicas_in_sync
         outputs = y_pred, keras.tree.map_structure(_mask, y_pred)

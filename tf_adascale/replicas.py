@@ -12,6 +12,9 @@ import tensorflow as tf
 # Large enough to fill a network, small enough that few values are copied.
 BYTES_PER_PACK = 2**20
 
+# What each replica sends at a time where every replica gets everybody's.
+BYTES_PER_GATHER = 2**22
+
 
 def strategy():
     """Returns the `tf.distribute.Strategy` in effect, the default if none is.
@@ -65,6 +68,70 @@ def total(values):
     )
     places = {i: place for place, i in enumerate(order)}
     return [reduced[places[i]] for i in range(len(values))]
+
+
+def index():
+    """Returns this replica's place among all, scalar int32.
+
+    Example:
+
+    >>> int(index())
+    0
+    """
+    context = tf.distribute.get_replica_context()
+    return tf.convert_to_tensor(context.replica_id_in_sync_group, tf.int32)
+
+
+def inner_products(values):
+    """Returns the inner products between the replicas, of each of several.
+
+        out[v, i, j] = sum over entries, x_i x_j,    x_i: value v of replica i
+
+    The values are gathered in pieces of `BYTES_PER_GATHER`, one after another:
+    a replica holds N pieces at a time, however large the values are, and
+    receives N - 1 times their size altogether.
+
+    Args:
+        values: list of V floating tensors of known shapes; a replica's own. To
+            be called in replica context.
+
+    Returns:
+        Tensor of shape `(V, N, N)`, the same on every replica. float32, or
+        float64 where every value is float64.
+
+    Example:
+
+    >>> inner_products([tf.constant([3.0, 4.0])]).numpy().tolist()
+    [[[25.0]]]
+    """
+    wide = all(value.dtype == tf.float64 for value in values)
+    dtype = tf.float64 if wide else tf.float32
+    context = tf.distribute.get_replica_context()
+    count = context.num_replicas_in_sync
+    rows = [tf.zeros((count,), dtype) for _ in values]  # Row i, on replica i.
+    for bucket in _buckets(values, BYTES_PER_GATHER // dtype.size):
+        # Not before the last bucket is done: all at once would fill the memory.
+        with tf.control_dependencies(rows):
+            pieces = [
+                tf.cast(tf.reshape(values[v], [-1])[start:end], dtype)
+                for v, start, end in bucket
+            ]
+            own = tf.concat(pieces, 0)
+        gathered = own[None]
+        if count > 1:
+            gathered = context.all_gather(gathered, axis=0)
+        # Not a matrix product: those round to 10 bits on some accelerators.
+        products = tf.ensure_shape(gathered, (count, own.shape[0])) * own
+        begin = 0
+        for v, start, end in bucket:
+            length = end - start
+            part = products[:, begin : begin + length]
+            rows[v] += tf.reduce_sum(part, axis=1)
+            begin += length
+    # Each row is computed by one replica only, so all have the same numbers.
+    mine = tf.one_hot(index(), count, dtype=dtype)
+    (result,) = total([mine[:, None] * tf.stack(rows)[:, None, :]])
+    return result
 
 
 def hand_off(function, strategy, *values):
@@ -150,6 +217,23 @@ def run(strategy, function, *values):
     2.0
     """
     return strategy.run(function, args=values)
+
+
+def _buckets(values, size):
+    """Yields lists of `(value, start, end)`, of `size` entries altogether."""
+    bucket, room = [], size
+    for number, value in enumerate(values):
+        start, entries = 0, value.shape.num_elements()
+        while start < entries:
+            end = min(start + room, entries)
+            bucket.append((number, start, end))
+            room -= end - start
+            start = end
+            if not room:
+                yield bucket
+                bucket, room = [], size
+    if bucket:
+        yield bucket
 
 
 def _size(value):

@@ -19,6 +19,7 @@ Keras 3.10 to 3.15, these are
     _backend_update_step             replaced here, see `Wrapper._take`
     _use_weight_decay                whether a variable decays
     _model_variables_moving_average  the slots of `use_ema`
+    _u_product                       Nadam's, which belongs to no variable
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_adascale import ema, loss_scale, replicas
+from tf_adascale import ema, loss_scale, norms, replicas
 
 
 class Step(NamedTuple):
@@ -39,14 +40,14 @@ class Step(NamedTuple):
             skipped.
         learning_rate: scalar.
         base_steps: scalar, base steps that this step stands for in the average
-            of the weights.
+            of the weights; None for one, as Keras has it.
         assignments: list of `(variable, value)` to assign if the step is taken.
     """
 
     gradients: list[Any]
     finite: tf.Tensor
     learning_rate: tf.Tensor
-    base_steps: tf.Tensor
+    base_steps: tf.Tensor | None
     assignments: list[tuple[Any, tf.Tensor]]
 
 
@@ -109,13 +110,31 @@ class Wrapper(keras.optimizers.Optimizer):
 
     @property
     def effective_learning_rate(self):
-        """Scalar: the rate of the last step's gain at the present progress."""
+        """Scalar: the rate that the next step would take."""
         raise NotImplementedError
+
+    # How a replica's samples become one: by their mean and the sum of their
+    # squared norms, unless a subclass says otherwise.
 
     @property
     def wants_sample_sqnorms(self):
         """Whether `apply` needs `sample_sqnorm` of micro-batches."""
         return False
+
+    def sample_sqnorm(self, gradients, variables):
+        """Returns the squared norm of one sample, as `apply` wants it.
+
+        Args:
+            gradients: list of tensors, `tf.IndexedSlices` or None.
+            variables: list of their variables.
+        """
+        del variables
+        return norms.squared_norm(gradients)
+
+    @property
+    def merge_samples(self):
+        """What `microbatches.summed` merges samples by; None for their mean."""
+        return None
 
     # What users read.
 
@@ -180,9 +199,19 @@ class Wrapper(keras.optimizers.Optimizer):
         """Creates the slots of this optimizer and of the inner one."""
         if self.built:
             return
+        self._build_inner(variables)
+        super().build(variables)
+
+    def _build_inner(self, variables):
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
-        super().build(variables)
+        if self._stepping.use_ema:
+            # keras.callbacks.SwapEMAWeights looks no deeper than this.
+            object.__setattr__(
+                self.inner_optimizer,
+                "_model_variables_moving_average",
+                self._stepping._model_variables_moving_average,
+            )
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None, *, sample_sqnorm=None):
@@ -234,38 +263,63 @@ class Wrapper(keras.optimizers.Optimizer):
         taken = step.assignments + loss_scale.assignments(inner, finite=True)
         skipped = loss_scale.assignments(inner, finite=False)
         skipped += [(self._skipped_steps, self._skipped_steps + 1)]
+        before = []
+        if self._stepping.use_ema and step.base_steps is not None:
+            before = [
+                tf.convert_to_tensor(v)
+                for v in self._stepping._trainable_variables
+            ]
 
-        def take(strategy, finite, gradients, rate, base_steps, values):
-            def update():
-                _assign(strategy, taken, values[0])
-                for variable, gradient in zip(variables, gradients):
-                    self._update(strategy, variable, gradient, rate)
-                self._average(strategy, base_steps)
-                for variable in variables:
-                    _constrain(strategy, variable)
-                _increment(strategy, self._iterations)  # For apply_gradients.
-                _increment(strategy, self.iterations)
+        def take(strategy, gradients, rate, values, base_steps, before):
+            _assign(strategy, taken, values)
+            self._update(strategy, variables, gradients, rate)
+            self._average(strategy, before, base_steps)
+            for variable in variables:
+                _constrain(strategy, variable)
+            _increment(strategy, self._iterations)  # For apply_gradients.
+            _increment(strategy, self.iterations)
+
+        def skip(strategy, values):
+            _assign(strategy, skipped, values)
+
+        values = [v for _, v in taken]
+        self._if_finite(
+            step.finite,
+            take,
+            (
+                step.gradients,
+                step.learning_rate,
+                values,
+                step.base_steps,
+                before,
+            ),
+            skip,
+            ([v for _, v in skipped],),
+        )
+
+    def _if_finite(self, finite, take, values, skip=None, other_values=()):
+        """Calls `take(strategy, *values)` where variables may be updated."""
+
+        def choose(strategy, finite, values, other_values):
+            def taken():
+                take(strategy, *values)
                 return True
 
-            def skip():
-                _assign(strategy, skipped, values[1])
+            def skipped():
+                if skip is not None:
+                    skip(strategy, *other_values)
                 return False
 
             # TensorFlow refuses a condition around a collective; by now there
             # is none left to come.
-            tf.cond(replicas.local(strategy, finite), update, skip)
+            tf.cond(replicas.local(strategy, finite), taken, skipped)
 
         replicas.hand_off(
-            take,
-            self._distribution_strategy,
-            step.finite,
-            step.gradients,
-            step.learning_rate,
-            step.base_steps,
-            [[v for _, v in taken], [v for _, v in skipped]],
+            choose, self._distribution_strategy, finite, values, other_values
         )
 
-    def _update(self, strategy, variable, gradient, rate):
+    def _update(self, strategy, variables, gradients, rate):
+        """Takes the inner optimizer's step, each device by its gradients."""
         stepping = self._stepping
 
         def update(variable, gradient, rate):
@@ -279,30 +333,49 @@ class Wrapper(keras.optimizers.Optimizer):
                 )
             stepping.update_step(gradient, variable, rate)
 
-        replicas.update(strategy, variable, update, gradient, rate)
+        if gradients and isinstance(stepping, keras.optimizers.Nadam):
+            _advance_nadam(strategy, stepping)
+        for variable, gradient in zip(variables, gradients):
+            replicas.update(strategy, variable, update, gradient, rate)
 
-    def _average(self, strategy, base_steps):
+    def _average(self, strategy, before, base_steps):
+        """Advances the averages of the weights, once these are updated."""
         stepping = self._stepping
         if not stepping.use_ema:
             return
+        momentum = stepping.ema_momentum
         period = stepping.ema_overwrite_frequency
 
-        def average(average, variable, base_steps):
-            momentum = ema.scaled_momentum(
-                stepping.ema_momentum, tf.cast(base_steps, average.dtype)
-            )
+        def average(average, variable):
             started = tf.cast(self.iterations.value > 0, average.dtype)
             average.assign(ema.averaged(average, variable, started * momentum))
+
+        def advance(average, variable, before, steps):
+            steps = tf.cast(steps, average.dtype)
+            start = before + (variable - before) / steps
+            start = tf.where(self.iterations.value > 0, average, start)
+            average.assign(
+                ema.advanced(
+                    start, before, variable, momentum=momentum, steps=steps
+                )
+            )
 
         def overwrite(variable, average):
             due = (self.iterations.value + 1) % period == 0
             variable.assign(tf.where(due, average, variable))
 
-        for variable, slot in zip(
-            stepping._trainable_variables,
-            stepping._model_variables_moving_average,
+        for place, (variable, slot) in enumerate(
+            zip(
+                stepping._trainable_variables,
+                stepping._model_variables_moving_average,
+            )
         ):
-            replicas.update(strategy, slot, average, variable, base_steps)
+            if base_steps is None:
+                replicas.update(strategy, slot, average, variable)
+            else:
+                replicas.update(
+                    strategy, slot, advance, variable, before[place], base_steps
+                )
             if period:
                 replicas.update(strategy, variable, overwrite, slot)
 
@@ -319,7 +392,7 @@ class Wrapper(keras.optimizers.Optimizer):
                 self.inner_optimizer
             )
             if self.built:
-                self.inner_optimizer.build(self._trainable_variables)
+                self._build_inner(self._trainable_variables)
 
     # Checks.
 
@@ -465,6 +538,18 @@ def _assign(strategy, assignments, values):
         replicas.update(strategy, variable, lambda v, x: v.assign(x), value)
 
 
+def _advance_nadam(strategy, nadam):
+    """Does what Nadam does once per step, for all variables.
+
+    u <- u beta_1 (1 - 0.96^(t+1) / 2)
+    """
+    step = tf.cast(nadam.iterations.value + 1, nadam._u_product.dtype)
+    factor = nadam.beta_1 * (1 - 0.5 * 0.96**step)
+    replicas.update(
+        strategy, nadam._u_product, lambda u, x: u.assign(u * x), factor
+    )
+
+
 def _increment(strategy, variable):
     replicas.update(strategy, variable, lambda v: v.assign_add(1))
 
@@ -510,7 +595,10 @@ def _check_arguments(name, optimizer, kwargs):
         )
     for hook in ("_apply_weight_decay", "_backend_update_step"):
         stock = getattr(keras.optimizers.Optimizer, hook)
-        if getattr(type(stepping), hook) is not stock:
+        own = getattr(type(stepping), hook)
+        # Nadam's is known, see _advance_nadam.
+        known = (stock, getattr(keras.optimizers.Nadam, hook))
+        if own not in known:
             raise ValueError(
                 "The inner optimizer steps in a way of its own, which "
                 f"{name} cannot follow. Expected one that does not override "
