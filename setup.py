@@ -17,7 +17,7 @@ setup(
     long_description=README.read_text("utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["tf_adascale"],
+    packages=["tf_adascale", "tf_adascale.forecast"],
     package_data={"tf_adascale": ["py.typed"]},
     zip_safe=False,
     # Not build/: where letters' case does not count, that is the file BUILD.
@@ -38,6 +38,7 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],
         # The last release for TPUs is 2.20; later libtpu does not load in it.
         "tpu": ["tensorflow-tpu>=2.18,<2.21", "libtpu<=0.0.25"],
+        "plot": ["matplotlib"],  # For tf_adascale.forecast's picture.
         "examples": [
             # tensorflow-datasets prepares with it and does not say so.
             "importlib_resources",

@@ -9,7 +9,15 @@ except ImportError as error:
         '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
     ) from error
 
-from tf_adascale import adasum, callbacks, ema, gain, norms, schedules
+from tf_adascale import (
+    adasum,
+    callbacks,
+    ema,
+    forecast,
+    gain,
+    norms,
+    schedules,
+)
 from tf_adascale.adascale import AdaScale
 from tf_adascale.adasum_optimizer import Adasum
 from tf_adascale.model import Model
@@ -23,6 +31,7 @@ __all__ = [
     "adasum",
     "callbacks",
     "ema",
+    "forecast",
     "gain",
     "norms",
     "schedules",

@@ -268,22 +268,19 @@ class AdaScale(wrapper.Wrapper):
             return gradients
         return [
             preconditioner.divided(
-                gradient,
-                preconditioner.divisors(
-                    self._stepping, self._get_variable_index(variable)
-                ),
+                gradient, preconditioner.divisors(self._stepping, place)
             )
-            for gradient, variable in zip(gradients, variables)
+            for gradient, place in zip(gradients, self.places(variables))
         ]
 
     def _differenced(self, variables, gradients):
         """Returns the averages, and assignments of what to remember."""
-        slots = self.select(self._previous_gradients, variables)
+        slots = [self._previous_gradients[i] for i in self.places(variables)]
         previous = [_read(slot) for slot in slots]
         present = [tf.convert_to_tensor(g) for g in gradients]
         now, then = (self._divided(gs, variables) for gs in (present, previous))
         moments = gain_lib.differenced_moments(
-            _squared_norm([g - p for g, p in zip(now, then)]),
+            _squared_norm([tf.subtract(g, p) for g, p in zip(now, then)]),
             tf.cast(norms.dot(now, then), tf.float32),
             scale=self.scale,
         )

@@ -22,6 +22,7 @@ Reference: Maleki et al., "Scaling Distributed Training with Adaptive
 Summation", 2020.
 """
 
+import numpy as np
 import tensorflow as tf
 
 # Squared norms below are as good as 0. In float64 it is the value of Horovod,
@@ -46,6 +47,9 @@ def pair(left, right):
     Returns:
         Tensor like `left`. Half precision is combined in float32.
 
+    Raises:
+        ValueError: if the two differ in type or shape, or do not float.
+
     Example:
 
     >>> pair(tf.constant([1.0, 0.0]), tf.constant([0.0, 2.0])).numpy().tolist()
@@ -55,11 +59,72 @@ def pair(left, right):
 
     Reference: Maleki et al. 2020.
     """
-    dtype = _wide(left.dtype)
-    a, b = tf.cast(left, dtype), tf.cast(right, dtype)
-    sqnorms = tf.stack([tf.reduce_sum(a * a), tf.reduce_sum(b * b)])
-    factors = _factors(tf.reduce_sum(a * b), sqnorms, _NEGLIGIBLE[dtype])
-    return tf.cast(factors[0] * a + factors[1] * b, left.dtype)
+    return combined([left, right])
+
+
+def combined(inputs):
+    """Returns the Adasum of a list of tensors, of one layer.
+
+    Args:
+        inputs: list of n >= 1 floating tensors of one type and shape.
+
+    Returns:
+        Tensor like the inputs. Half precision is combined in float32.
+
+    Raises:
+        ValueError: if the list is empty, or its tensors differ in type or
+            shape, or do not float.
+
+    Example:
+
+    >>> rows = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    >>> combined([tf.constant(row) for row in rows]).numpy().tolist()
+    [1.0, 1.0]
+
+    Reference: Maleki et al. 2020.
+    """
+    inputs = [tf.convert_to_tensor(value) for value in inputs]
+    kinds = {(value.dtype, str(value.shape)) for value in inputs}
+    if len(kinds) != 1 or not inputs[0].dtype.is_floating:
+        raise ValueError(
+            "These tensors cannot be combined. Expected one or more of one "
+            f"floating type and one shape. Received: inputs={inputs}"
+        )
+    (dtype, _), wide = *kinds, _wide(inputs[0].dtype)
+    rows = [tf.reshape(tf.cast(value, wide), [-1]) for value in inputs]
+    total = tf.reshape(combined_rows(tf.stack(rows)), tf.shape(inputs[0]))
+    return tf.ensure_shape(tf.cast(total, dtype), inputs[0].shape)
+
+
+def combined_rows(rows):
+    """Returns the Adasum of the rows of each of several matrices.
+
+    Args:
+        rows: float32 or float64 tensor of shape `(..., n, d)` with n known.
+
+    Returns:
+        Tensor of shape `(..., d)`.
+
+    Example:
+
+    >>> combined_rows(tf.constant([[1.0, 0.0], [3.0, 0.0]])).numpy().tolist()
+    [2.0, 0.0]
+
+    Reference: Maleki et al. 2020.
+    """
+    count = int(rows.shape[-2])
+    while count > 1:
+        if count % 2:  # A row of zeros leaves its neighbour be.
+            rows = _padded(rows, axes=[-2])
+        left, right = rows[..., ::2, :], rows[..., 1::2, :]
+        dots, *sqnorms = (
+            tf.reduce_sum(x * y, -1, keepdims=True)
+            for x, y in [(left, right), (left, left), (right, right)]
+        )
+        of_left, of_right = (_factors(dots, sqnorm) for sqnorm in sqnorms)
+        rows = of_left * left + of_right * right
+        count = (count + 1) // 2
+    return rows[..., 0, :]
 
 
 def coefficients(inner_products):
@@ -68,7 +133,10 @@ def coefficients(inner_products):
         Adasum(x_0, ..., x_n-1) = sum over i, c_i x_i
 
     On the way up the tree, only the inner products between the inputs of a
-    level matter, and those of the next level follow from them.
+    level matter, and those of the next level follow from them. What cancels is
+    lost in them: for inputs of few entries, whose sums are often small beside
+    them, `combined` is more accurate. From 8 entries on there is no difference
+    beyond rounding unless inputs are opposite to one another.
 
     Args:
         inner_products: float32 or float64 tensor of shape `(..., n, n)`, the
@@ -91,96 +159,61 @@ def coefficients(inner_products):
 
     Reference: Maleki et al. 2020.
     """
-    shape = inner_products.shape
-    if shape.rank is None or shape.rank < 2 or shape[-1] != shape[-2]:
+    shape, dtype = inner_products.shape, inner_products.dtype
+    is_square = (
+        shape.rank is not None
+        and shape.rank >= 2
+        and (shape[-1] == shape[-2] is not None)
+    )
+    if not is_square or dtype not in _NEGLIGIBLE:
         raise ValueError(
             "These are no inner products between the inputs of a tree. "
-            "Expected square matrices, of shape (..., n, n). "
-            f"Received: inner_products of shape {shape}"
+            "Expected square matrices of float32 or float64, of shape "
+            f"(..., n, n). Received: inner_products of shape {shape}, {dtype}"
         )
-    count = shape[-1]
-    rounding = _ROUNDING * inner_products.dtype.as_numpy_dtype(2) ** (
-        -24 if inner_products.dtype == tf.float32 else -53
-    )
     # Of the nodes of one level: products between them, and the length that
     # each would have if nothing in it had cancelled.
     products = inner_products
     lengths = tf.sqrt(tf.linalg.diag_part(products))
     result = tf.ones_like(lengths)
+    count = int(shape[-1])
     leaves = list(range(count))  # The node that each input has gone into.
-    while products.shape[-1] > 1:
-        if products.shape[-1] % 2:  # A node of zeros leaves its neighbour be.
-            products = _padded(products, axes=2)
-            lengths = _padded(lengths, axes=1)
-        sqnorms = tf.linalg.diag_part(products)
-        negligible = tf.maximum(
-            rounding * lengths**2, _NEGLIGIBLE[products.dtype]
+    while count > 1:
+        if count % 2:
+            products = _padded(products, axes=[-2, -1])
+            lengths = _padded(lengths, axes=[-1])
+        factors = _factors(
+            tf.repeat(tf.linalg.diag_part(products, k=1)[..., ::2], 2, axis=-1),
+            tf.linalg.diag_part(products),
+            rounding=_ROUNDING
+            * np.finfo(dtype.as_numpy_dtype).eps
+            * lengths**2,
         )
-        dots = tf.linalg.diag_part(products, k=1)[..., ::2]
-        factors = _factors(tf.repeat(dots, 2, axis=-1), sqnorms, negligible)
         result *= tf.gather(factors, leaves, axis=-1)
         leaves = [node // 2 for node in leaves]
         products *= factors[..., :, None] * factors[..., None, :]
-        products = _pairs_added(_pairs_added(products, axis=-1), axis=-2)
-        lengths = _pairs_added(tf.abs(factors) * lengths, axis=-1)
+        products = products[..., ::2] + products[..., 1::2]
+        products = products[..., ::2, :] + products[..., 1::2, :]
+        lengths *= tf.abs(factors)
+        lengths = lengths[..., ::2] + lengths[..., 1::2]
+        count = (count + 1) // 2
     return result
-
-
-def combined(inputs):
-    """Returns the Adasum of a list of tensors, of one layer.
-
-    Args:
-        inputs: list of n >= 1 floating tensors of one type and shape.
-
-    Returns:
-        Tensor like the inputs. Half precision is combined in float32.
-
-    Raises:
-        ValueError: if the list is empty.
-
-    Example:
-
-    >>> rows = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
-    >>> combined([tf.constant(row) for row in rows]).numpy().tolist()
-    [1.0, 1.0]
-
-    Reference: Maleki et al. 2020.
-    """
-    if not inputs:
-        raise ValueError(
-            "There is nothing to combine. Expected at least one tensor. "
-            f"Received: inputs={inputs}"
-        )
-    stacked = tf.stack(inputs)
-    wide = tf.cast(stacked, _wide(stacked.dtype))
-    rows = tf.reshape(wide, [len(inputs), -1])
-    products = tf.reduce_sum(rows[:, None, :] * rows[None, :, :], -1)
-    factors = coefficients(products)
-    total = tf.reduce_sum(factors[:, None] * rows, 0)
-    return tf.cast(tf.reshape(total, stacked.shape[1:]), stacked.dtype)
 
 
 def _wide(dtype):
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _factors(dot, sqnorms, negligible):
-    """Returns 1 - a.b / (2 |a|^2) for each of several a."""
-    divides = sqnorms > negligible
+def _factors(dots, sqnorms, *, rounding=0.0):
+    """Returns 1 - a.b / (2 |a|^2), for many a at once."""
+    divides = (sqnorms > _NEGLIGIBLE[sqnorms.dtype]) & (sqnorms > rounding)
     safe = tf.where(divides, sqnorms, tf.ones_like(sqnorms))
-    return 1 - tf.where(divides, dot / (2 * safe), tf.zeros_like(sqnorms))
+    return 1 - tf.where(divides, dots / (2 * safe), tf.zeros_like(sqnorms))
 
 
 def _padded(values, *, axes):
-    """Returns values with a zero at the end of each of the last `axes` axes."""
-    before = [[0, 0]] * (values.shape.rank - axes)
-    return tf.pad(values, before + [[0, 1]] * axes)
-
-
-def _pairs_added(values, *, axis):
-    """Returns sums of neighbours, 0 and 1, 2 and 3, ..., along an axis."""
-    even, odd = (
-        (values[..., start::2] if axis == -1 else values[..., start::2, :])
-        for start in (0, 1)
-    )
-    return even + odd
+    """Returns values with a zero at the end of some axes."""
+    paddings = [[0, 0] for _ in values.shape]
+    for axis in axes:
+        paddings[axis][1] = 1
+    return tf.pad(values, paddings)

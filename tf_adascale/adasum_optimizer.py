@@ -8,6 +8,9 @@ from tf_adascale import loss_scale as loss_scale_lib
 
 _COMBINE = ("updates", "gradients")
 
+# Variables up to this size are combined as they are, others by their products.
+_FEW_ENTRIES = 32
+
 
 @keras.saving.register_keras_serializable(package="tf_adascale")
 class Adasum(wrapper.Wrapper):
@@ -38,8 +41,9 @@ class Adasum(wrapper.Wrapper):
     sample per step this is the inner optimizer to the bit.
 
     Each step receives N - 1 times the size of the model and all-reduces it
-    once more, in pieces: a replica holds N pieces of at most 4 MiB at a time,
-    and one copy of the model for the combination (two more for "updates").
+    once, both in float32 or wider. A replica holds pieces of 4 MiB of all N at
+    a time, their products with its own, and a copy of the model for the
+    combination; for "updates" two more, of the weights before and after.
 
     The learning rate is the inner optimizer's as it is; a schedule counts
     iterations. How far to raise it with N is measured in the README.
@@ -132,15 +136,15 @@ class Adasum(wrapper.Wrapper):
             unit = 1 / self.num_replicas
             gradients = [loss_scale_lib.divided(g, unit) for g in gradients]
         if self._takes_own_steps or self.num_replicas == 1:
-            sqnorm = tf.cast(norms.squared_norm(gradients), tf.float32)
-            (total,) = replicas.total([sqnorm])
+            (check,) = replicas.total([norms.squared_norm(gradients)])
         else:
-            dense = [tf.convert_to_tensor(g) for g in gradients]
-            gradients, total = self._combined(dense)
+            gradients, check = self._combined(
+                [_dense(g, v) for g, v in zip(gradients, variables)]
+            )
         return wrapper.Step(
             gradients=gradients,
-            # A norm is finite only if everything that it sums is.
-            finite=tf.reduce_all(tf.math.is_finite(total)),
+            # A sum is finite only if everything that it sums is.
+            finite=tf.math.is_finite(check),
             learning_rate=self.effective_learning_rate,
             base_steps=None,
             assignments=[],
@@ -186,19 +190,69 @@ class Adasum(wrapper.Wrapper):
         )
 
     def _combined(self, tensors):
-        """Returns the Adasum over the replicas, and the inner products."""
-        products = replicas.inner_products(tensors)
-        # Of groups' means. A replica is a mean of its samples already.
-        size = max(self.group_size // self.microbatches, 1)
-        groups = self.num_replicas // size
-        grouped = tf.reshape(products, [-1, groups, size, groups, size])
-        factors = adasum.coefficients(tf.reduce_mean(grouped, [2, 4])) / size
-        mine = tf.gather(factors, replicas.index() // size, axis=1)
-        parts = [
-            tf.cast(tensor, factors.dtype) * factor
-            for tensor, factor in zip(tensors, tf.unstack(mine))
-        ]
+        """Returns the Adasum over the replicas, and what tells of overflows."""
+        wide = any(tensor.dtype == tf.float64 for tensor in tensors)
+        dtype = tf.float64 if wide else tf.float32
+        sizes = [tensor.shape.num_elements() for tensor in tensors]
+        small = [i for i, size in enumerate(sizes) if size <= _FEW_ENTRIES]
+        large = [i for i, size in enumerate(sizes) if size > _FEW_ENTRIES]
+        parts, checks = {}, []
+        if small:
+            rows = self._combined_rows([tensors[i] for i in small], dtype)
+            checks.append(rows)
+            # Summed like the others, so that all replicas have the same bits.
+            rows *= tf.cast(replicas.index() == 0, dtype)
+            for i, row in zip(small, tf.unstack(rows)):
+                parts[i] = tf.reshape(row[: sizes[i]], tensors[i].shape)
+        if large:
+            products = replicas.inner_products([tensors[i] for i in large])
+            checks.append(products)
+            for i, factor in zip(large, tf.unstack(self._factors(products))):
+                parts[i] = tf.cast(tensors[i], dtype) * tf.cast(factor, dtype)
+        totals = replicas.total([parts[i] for i in range(len(tensors))])
         return [
             tf.cast(total, tensor.dtype)
-            for total, tensor in zip(replicas.total(parts), tensors)
-        ], products
+            for total, tensor in zip(totals, tensors)
+        ], tf.add_n([tf.reduce_sum(tf.cast(x, dtype)) for x in checks])
+
+    def _factors(self, products):
+        """Returns the factor of this replica's part, for each variable."""
+        groups, size = self._groups
+        products = tf.reshape(products, [-1, groups, size, groups, size])
+        factors = adasum.coefficients(tf.reduce_mean(products, [2, 4])) / size
+        return tf.gather(factors, replicas.index() // size, axis=1)
+
+    def _combined_rows(self, tensors, dtype):
+        """Returns the Adasum of small tensors, as rows with zeros at the end.
+
+        These would suffer from rounding, see `adasum.coefficients`.
+        """
+        groups, size = self._groups
+        flat = [tf.reshape(tf.cast(x, dtype), [-1]) for x in tensors]
+        rows = tf.stack(
+            [tf.pad(x, [[0, _FEW_ENTRIES - tf.size(x)]]) for x in flat]
+        )
+        rows = tf.ensure_shape(rows, (len(tensors), _FEW_ENTRIES))
+        everyone = tf.reshape(
+            replicas.gathered(rows), [groups, size, *rows.shape]
+        )
+        means = tf.reduce_mean(everyone, 1)
+        return adasum.combined_rows(tf.transpose(means, [1, 0, 2]))
+
+    @property
+    def _groups(self):
+        """Int, groups of replicas; int, replicas in each."""
+        # A replica is a mean of its samples already.
+        size = max(self.group_size // self.microbatches, 1)
+        return self.num_replicas // size, size
+
+
+def _dense(gradient, variable):
+    """Returns a gradient as a tensor of its variable's shape."""
+    if isinstance(gradient, tf.IndexedSlices):
+        gradient = tf.convert_to_tensor(
+            tf.IndexedSlices(
+                gradient.values, gradient.indices, tf.shape(variable)
+            )
+        )
+    return tf.ensure_shape(gradient, variable.shape)

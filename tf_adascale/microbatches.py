@@ -149,7 +149,7 @@ def _pushed(tree, samples, index, merge, *, level=0):
 
     if level == len(tree) - 1:
         return keep()
-    return tf.cond((index >> level) % 2 == 1, carry, keep)
+    return tf.cond(index // 2**level % 2 == 1, carry, keep)
 
 
 def _folded(tree, count, merge):

@@ -82,32 +82,56 @@ def index():
     return tf.convert_to_tensor(context.replica_id_in_sync_group, tf.int32)
 
 
+def gathered(value):
+    """Returns a value of every replica, along a new first axis.
+
+    Args:
+        value: tensor of a known shape; a replica's own. To be called in replica
+            context.
+
+    Returns:
+        Tensor of shape `(N, ...)`, the same on every replica.
+
+    Example:
+
+    >>> gathered(tf.constant([3.0, 4.0])).numpy().tolist()
+    [[3.0, 4.0]]
+    """
+    context = tf.distribute.get_replica_context()
+    count = context.num_replicas_in_sync
+    if count == 1:
+        return value[None]
+    # The collectives of CPUs and GPUs do not know the shape.
+    return tf.ensure_shape(
+        context.all_gather(value[None], axis=0), (count, *value.shape)
+    )
+
+
 def inner_products(values):
     """Returns the inner products between the replicas, of each of several.
 
         out[v, i, j] = sum over entries, x_i x_j,    x_i: value v of replica i
 
     The values are gathered in pieces of `BYTES_PER_GATHER`, one after another:
-    a replica holds N pieces at a time, however large the values are, and
-    receives N - 1 times their size altogether.
+    a replica holds N pieces and their products at a time, however large the
+    values are, and receives N - 1 times their size altogether.
 
     Args:
-        values: list of V floating tensors of known shapes; a replica's own. To
-            be called in replica context.
+        values: list of V >= 1 floating tensors of known shapes; a replica's
+            own. To be called in replica context.
 
     Returns:
         Tensor of shape `(V, N, N)`, the same on every replica. float32, or
-        float64 where every value is float64.
+        float64 where any value is float64.
 
     Example:
 
     >>> inner_products([tf.constant([3.0, 4.0])]).numpy().tolist()
     [[[25.0]]]
     """
-    wide = all(value.dtype == tf.float64 for value in values)
+    wide = any(value.dtype == tf.float64 for value in values)
     dtype = tf.float64 if wide else tf.float32
-    context = tf.distribute.get_replica_context()
-    count = context.num_replicas_in_sync
+    count = strategy().num_replicas_in_sync
     rows = [tf.zeros((count,), dtype) for _ in values]  # Row i, on replica i.
     for bucket in _buckets(values, BYTES_PER_GATHER // dtype.size):
         # Not before the last bucket is done: all at once would fill the memory.
@@ -117,11 +141,8 @@ def inner_products(values):
                 for v, start, end in bucket
             ]
             own = tf.concat(pieces, 0)
-        gathered = own[None]
-        if count > 1:
-            gathered = context.all_gather(gathered, axis=0)
         # Not a matrix product: those round to 10 bits on some accelerators.
-        products = tf.ensure_shape(gathered, (count, own.shape[0])) * own
+        products = gathered(own) * own
         begin = 0
         for v, start, end in bucket:
             length = end - start

@@ -185,9 +185,9 @@ class Wrapper(keras.optimizers.Optimizer):
             rate = rate()
         return tf.convert_to_tensor(rate)
 
-    def select(self, slots, variables):
-        """Returns those of a list of slots that belong to `variables`."""
-        return [slots[self._get_variable_index(v)] for v in variables]
+    def places(self, variables):
+        """Returns where in a list of slots those of `variables` are."""
+        return [self._get_variable_index(variable) for variable in variables]
 
     @property
     def _stepping(self):
