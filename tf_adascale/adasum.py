@@ -14,7 +14,9 @@ is part of the definition.
 Whatever the tree, its result is a linear combination of the inputs, and the
 factors follow from the inner products between them: see `coefficients`.
 
-Where a squared norm is too small to divide by, its factor is 1.
+Where a norm is too small to divide by, its factor is 1: one that is 0 up to
+rounding because its parts were opposite has no direction left that would mean
+anything.
 
 All functions are pure and work eagerly, in a `tf.function` and under XLA.
 
@@ -25,14 +27,19 @@ Summation", 2020.
 import numpy as np
 import tensorflow as tf
 
-# Squared norms below are as good as 0. In float64 it is the value of Horovod,
-# the square root of the smallest normal number; in float32 that would be a norm
-# of 3e-10, which updates of the weights do have, so it is that number itself.
-_NEGLIGIBLE = {tf.float32: 1.2e-38, tf.float64: 1.5e-154}
+# Norms and squared norms below are as good as 0. In float64 they are Horovod's,
+# whose squared norm is the square root of the smallest normal number.
+_LEAST_NORM = {tf.float32: 1.2e-38, tf.float64: 1.2e-77}
+_LEAST_SQUARE = {tf.float32: 1.2e-38, tf.float64: 1.5e-154}
 
-# A squared norm that follows from inner products is rounding noise where it
-# falls under this many units in the last place of what cancelled.
-_ROUNDING = 8
+# What is left where tensors cancel is rounding noise up to this many units in
+# the last place of what cancelled: updates are differences of weights, whose
+# rounding they have.
+_NOISE = 64
+
+# The same of squared norms that follow from inner products, which see no less
+# than a unit in the last place of a square.
+_NOISE_OF_SQUARES = 8
 
 
 def pair(left, right):
@@ -112,18 +119,33 @@ def combined_rows(rows):
 
     Reference: Maleki et al. 2020.
     """
-    count = int(rows.shape[-2])
+    # With lengths |a|, |b| and the cosine between, of which no square vanishes
+    # or overflows: (a - |b| cos/2 a/|a|) + (b - |a| cos/2 b/|b|).
+    count, dtype = int(rows.shape[-2]), rows.dtype
+    least = tf.constant(_LEAST_NORM[dtype], dtype)
+    # What each row would be as long as if nothing in it had cancelled.
+    bounds = _lengths(rows)
     while count > 1:
         if count % 2:  # A row of zeros leaves its neighbour be.
-            rows = _padded(rows, axes=[-2])
-        left, right = rows[..., ::2, :], rows[..., 1::2, :]
-        dots, *sqnorms = (
-            tf.reduce_sum(x * y, -1, keepdims=True)
-            for x, y in [(left, right), (left, left), (right, right)]
+            rows, bounds = (_padded(x, axes=[-2]) for x in (rows, bounds))
+            count += 1
+        lengths = _lengths(rows)
+        units = tf.math.divide_no_nan(rows, lengths)
+        cosines = tf.reduce_sum(
+            units[..., ::2, :] * units[..., 1::2, :], -1, keepdims=True
         )
-        of_left, of_right = (_factors(dots, sqnorm) for sqnorm in sqnorms)
-        rows = of_left * left + of_right * right
-        count = (count + 1) // 2
+        others = tf.gather(lengths, [i ^ 1 for i in range(count)], axis=-2)
+        cuts = tf.where(
+            lengths > tf.maximum(least, _NOISE * _epsilon(dtype) * bounds),
+            others * tf.repeat(cosines / 2, 2, axis=-2),
+            tf.zeros_like(lengths),
+        )
+        bounds = tf.abs(lengths - cuts) * tf.math.divide_no_nan(bounds, lengths)
+        rows, bounds = (
+            x[..., ::2, :] + x[..., 1::2, :]
+            for x in (rows - cuts * units, bounds)
+        )
+        count //= 2
     return rows[..., 0, :]
 
 
@@ -136,7 +158,8 @@ def coefficients(inner_products):
     level matter, and those of the next level follow from them. What cancels is
     lost in them: for inputs of few entries, whose sums are often small beside
     them, `combined` is more accurate. From 8 entries on there is no difference
-    beyond rounding unless inputs are opposite to one another.
+    beyond rounding unless inputs are opposite to one another. In float32, norms
+    must be in 1e-19 to 1e19: smaller ones are taken for 0.
 
     Args:
         inner_products: float32 or float64 tensor of shape `(..., n, n)`, the
@@ -165,7 +188,7 @@ def coefficients(inner_products):
         and shape.rank >= 2
         and (shape[-1] == shape[-2] is not None)
     )
-    if not is_square or dtype not in _NEGLIGIBLE:
+    if not is_square or dtype not in _LEAST_SQUARE:
         raise ValueError(
             "These are no inner products between the inputs of a tree. "
             "Expected square matrices of float32 or float64, of shape "
@@ -182,16 +205,20 @@ def coefficients(inner_products):
         if count % 2:
             products = _padded(products, axes=[-2, -1])
             lengths = _padded(lengths, axes=[-1])
-        factors = _factors(
-            tf.repeat(tf.linalg.diag_part(products, k=1)[..., ::2], 2, axis=-1),
-            tf.linalg.diag_part(products),
-            rounding=_ROUNDING
-            * np.finfo(dtype.as_numpy_dtype).eps
-            * lengths**2,
+        dots = tf.linalg.diag_part(products, k=1)[..., ::2]
+        squares = tf.linalg.diag_part(products)
+        noise = _NOISE_OF_SQUARES * _epsilon(dtype) * lengths**2
+        counts = (squares > _LEAST_SQUARE[dtype]) & (squares > noise)
+        factors = 1 - tf.where(
+            counts,
+            tf.repeat(dots, 2, axis=-1)
+            / tf.where(counts, 2 * squares, tf.ones_like(squares)),
+            tf.zeros_like(squares),
         )
         result *= tf.gather(factors, leaves, axis=-1)
         leaves = [node // 2 for node in leaves]
-        products *= factors[..., :, None] * factors[..., None, :]
+        products *= factors[..., :, None]
+        products *= factors[..., None, :]
         products = products[..., ::2] + products[..., 1::2]
         products = products[..., ::2, :] + products[..., 1::2, :]
         lengths *= tf.abs(factors)
@@ -200,15 +227,19 @@ def coefficients(inner_products):
     return result
 
 
+def _epsilon(dtype):
+    return float(np.finfo(dtype.as_numpy_dtype).eps)
+
+
 def _wide(dtype):
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _factors(dots, sqnorms, *, rounding=0.0):
-    """Returns 1 - a.b / (2 |a|^2), for many a at once."""
-    divides = (sqnorms > _NEGLIGIBLE[sqnorms.dtype]) & (sqnorms > rounding)
-    safe = tf.where(divides, sqnorms, tf.ones_like(sqnorms))
-    return 1 - tf.where(divides, dots / (2 * safe), tf.zeros_like(sqnorms))
+def _lengths(rows):
+    """Returns the norms of rows, which need not fit a type when squared."""
+    largest = tf.reduce_max(tf.abs(rows), -1, keepdims=True)
+    scaled = tf.math.divide_no_nan(rows, largest)
+    return largest * tf.sqrt(tf.reduce_sum(scaled**2, -1, keepdims=True))
 
 
 def _padded(values, *, axes):

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from tf_adascale import adasum, norms, replicas, wrapper
+from tf_adascale import adasum, norms, replicas, stepping, wrapper
 from tf_adascale import loss_scale as loss_scale_lib
 
 _COMBINE = ("updates", "gradients")
@@ -172,8 +172,8 @@ class Adasum(wrapper.Wrapper):
         before = [tf.convert_to_tensor(v) for v in variables]
         self._if_finite(
             step.finite,
-            lambda strategy, *values: self._update(
-                strategy, variables, *values
+            lambda strategy, *values: stepping.update(
+                strategy, self._stepping, variables, *values
             ),
             (step.gradients, step.learning_rate),
         )

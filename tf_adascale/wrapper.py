@@ -4,8 +4,8 @@ The inner optimizer keeps its slots, its settings and its `update_step`; the
 wrapper decides which gradients and which learning rate reach it. The contract
 is that of Keras's own `LossScaleOptimizer`.
 
-The only module that knows what Keras optimizers do not document. Checked on
-Keras 3.10 to 3.15, these are
+Leans on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
+these are
 
     _learning_rate                   the rate as given: variable, schedule or
                                      callable
@@ -15,11 +15,7 @@ Keras 3.10 to 3.15, these are
     _check_variables_are_known       raises for any other variable
     _distribution_strategy           the strategy an optimizer was made under
     _clip_gradients                  clipnorm, clipvalue and global_clipnorm
-    _apply_weight_decay              replaced here, see `Wrapper._update`
-    _backend_update_step             replaced here, see `Wrapper._take`
-    _use_weight_decay                whether a variable decays
     _model_variables_moving_average  the slots of `use_ema`
-    _u_product                       Nadam's, which belongs to no variable
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_adascale import ema, loss_scale, norms, replicas
+from tf_adascale import loss_scale, norms, replicas, stepping
 
 
 class Step(NamedTuple):
@@ -74,15 +70,15 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def __init__(self, optimizer, *, name, **kwargs):
         _check_arguments(type(self).__name__, optimizer, kwargs)
-        stepping = loss_scale.stepping(optimizer)
+        inner = loss_scale.stepping(optimizer)
         effective_rate = _Rate(lambda: self.effective_learning_rate)
         super().__init__(learning_rate=effective_rate, name=name)
         self.inner_optimizer = optimizer
         self.microbatches = 1
         # The user's rate stays where it is saved, among the inner optimizer's
         # variables: __setattr__ would track it here as well.
-        object.__setattr__(self, "_learning_rate", stepping._learning_rate)
-        stepping._learning_rate = effective_rate
+        object.__setattr__(self, "_learning_rate", inner._learning_rate)
+        inner._learning_rate = effective_rate
         self._skipped_steps = self._add_scalar("skipped_steps", "int64")
 
     # What a subclass says.
@@ -259,30 +255,30 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def _take(self, variables, step):
         """Lets the inner optimizer step on every device, or skips on all."""
-        inner = self.inner_optimizer
+        inner, stepped = self.inner_optimizer, self._stepping
         taken = step.assignments + loss_scale.assignments(inner, finite=True)
         skipped = loss_scale.assignments(inner, finite=False)
         skipped += [(self._skipped_steps, self._skipped_steps + 1)]
         before = []
-        if self._stepping.use_ema and step.base_steps is not None:
-            before = [
-                tf.convert_to_tensor(v)
-                for v in self._stepping._trainable_variables
-            ]
+        if step.base_steps is not None:
+            weights = stepping.averaged_weights(stepped)
+            before = [tf.convert_to_tensor(weight) for weight in weights]
 
         def take(strategy, gradients, rate, values, base_steps, before):
-            _assign(strategy, taken, values)
-            self._update(strategy, variables, gradients, rate)
-            self._average(strategy, before, base_steps)
+            stepping.assign(strategy, [v for v, _ in taken], values)
+            stepping.update(strategy, stepped, variables, gradients, rate)
+            stepping.average(
+                strategy, stepped, before=before, base_steps=base_steps
+            )
             for variable in variables:
-                _constrain(strategy, variable)
-            _increment(strategy, self._iterations)  # For apply_gradients.
-            _increment(strategy, self.iterations)
+                stepping.constrain(strategy, variable)
+            stepping.increment(strategy, self._iterations)  # apply_gradients'.
+            stepping.increment(strategy, self.iterations)
 
         def skip(strategy, values):
-            _assign(strategy, skipped, values)
+            stepping.assign(strategy, [v for v, _ in skipped], values)
 
-        values = [v for _, v in taken]
+        values = [value for _, value in taken]
         self._if_finite(
             step.finite,
             take,
@@ -294,7 +290,7 @@ class Wrapper(keras.optimizers.Optimizer):
                 before,
             ),
             skip,
-            ([v for _, v in skipped],),
+            ([value for _, value in skipped],),
         )
 
     def _if_finite(self, finite, take, values, skip=None, other_values=()):
@@ -317,67 +313,6 @@ class Wrapper(keras.optimizers.Optimizer):
         replicas.hand_off(
             choose, self._distribution_strategy, finite, values, other_values
         )
-
-    def _update(self, strategy, variables, gradients, rate):
-        """Takes the inner optimizer's step, each device by its gradients."""
-        stepping = self._stepping
-
-        def update(variable, gradient, rate):
-            # Keras's _apply_weight_decay would leave the context of the update.
-            if stepping.weight_decay is not None and stepping._use_weight_decay(
-                variable
-            ):
-                decay = tf.cast(stepping.weight_decay, variable.dtype)
-                variable.assign_sub(
-                    variable * decay * tf.cast(rate, variable.dtype)
-                )
-            stepping.update_step(gradient, variable, rate)
-
-        if gradients and isinstance(stepping, keras.optimizers.Nadam):
-            _advance_nadam(strategy, stepping)
-        for variable, gradient in zip(variables, gradients):
-            replicas.update(strategy, variable, update, gradient, rate)
-
-    def _average(self, strategy, before, base_steps):
-        """Advances the averages of the weights, once these are updated."""
-        stepping = self._stepping
-        if not stepping.use_ema:
-            return
-        momentum = stepping.ema_momentum
-        period = stepping.ema_overwrite_frequency
-
-        def average(average, variable):
-            started = tf.cast(self.iterations.value > 0, average.dtype)
-            average.assign(ema.averaged(average, variable, started * momentum))
-
-        def advance(average, variable, before, steps):
-            steps = tf.cast(steps, average.dtype)
-            start = before + (variable - before) / steps
-            start = tf.where(self.iterations.value > 0, average, start)
-            average.assign(
-                ema.advanced(
-                    start, before, variable, momentum=momentum, steps=steps
-                )
-            )
-
-        def overwrite(variable, average):
-            due = (self.iterations.value + 1) % period == 0
-            variable.assign(tf.where(due, average, variable))
-
-        for place, (variable, slot) in enumerate(
-            zip(
-                stepping._trainable_variables,
-                stepping._model_variables_moving_average,
-            )
-        ):
-            if base_steps is None:
-                replicas.update(strategy, slot, average, variable)
-            else:
-                replicas.update(
-                    strategy, slot, advance, variable, before[place], base_steps
-                )
-            if period:
-                replicas.update(strategy, variable, overwrite, slot)
 
     # Loss scale.
 
@@ -495,10 +430,10 @@ class Wrapper(keras.optimizers.Optimizer):
     def get_config(self):
         """Returns the configuration, with the rate that the user gave."""
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
-        stepping = inner["config"]
+        config = inner["config"]
         if loss_scale.is_dynamic(self.inner_optimizer):
-            stepping = stepping["inner_optimizer"]["config"]
-        stepping["learning_rate"] = super().get_config()["learning_rate"]
+            config = config["inner_optimizer"]["config"]
+        config["learning_rate"] = super().get_config()["learning_rate"]
         return {"optimizer": inner, "name": self.name}
 
     @classmethod
@@ -533,33 +468,6 @@ def _shape(gradient):
     return None if gradient.shape.rank is None else tuple(gradient.shape)
 
 
-def _assign(strategy, assignments, values):
-    for (variable, _), value in zip(assignments, values):
-        replicas.update(strategy, variable, lambda v, x: v.assign(x), value)
-
-
-def _advance_nadam(strategy, nadam):
-    """Does what Nadam does once per step, for all variables.
-
-    u <- u beta_1 (1 - 0.96^(t+1) / 2)
-    """
-    step = tf.cast(nadam.iterations.value + 1, nadam._u_product.dtype)
-    factor = nadam.beta_1 * (1 - 0.5 * 0.96**step)
-    replicas.update(
-        strategy, nadam._u_product, lambda u, x: u.assign(u * x), factor
-    )
-
-
-def _increment(strategy, variable):
-    replicas.update(strategy, variable, lambda v: v.assign_add(1))
-
-
-def _constrain(strategy, variable):
-    constraint = getattr(variable, "constraint", None)
-    if constraint is not None:
-        replicas.update(strategy, variable, lambda v: v.assign(constraint(v)))
-
-
 def _check_arguments(name, optimizer, kwargs):
     if kwargs:
         raise ValueError(
@@ -572,36 +480,25 @@ def _check_arguments(name, optimizer, kwargs):
             f"{name} cannot wrap this object. Expected an instance of "
             f"keras.optimizers.Optimizer. Received: optimizer={optimizer!r}"
         )
-    stepping = loss_scale.stepping(optimizer)
-    if isinstance(optimizer, Wrapper) or isinstance(stepping, Wrapper):
+    inner = loss_scale.stepping(optimizer)
+    if isinstance(optimizer, Wrapper) or isinstance(inner, Wrapper):
         raise ValueError(
             f"{name} cannot wrap an optimizer that is a wrapper already. "
             "Expected a plain Keras optimizer, or a LossScaleOptimizer around "
             f"one. Received: optimizer={optimizer!r}"
         )
-    if stepping.gradient_accumulation_steps:
+    if inner.gradient_accumulation_steps:
         raise ValueError(
             "The inner optimizer accumulates gradients itself, out of "
             f"{name}'s sight. Expected `microbatches` in "
             "tf_adascale.Model.compile instead. Received: "
             "gradient_accumulation_steps="
-            f"{stepping.gradient_accumulation_steps}"
+            f"{inner.gradient_accumulation_steps}"
         )
-    if isinstance(stepping._learning_rate, _Rate):
+    if isinstance(inner._learning_rate, _Rate):
         raise ValueError(
             f"{name} cannot wrap an optimizer that is in a wrapper already. "
             "Expected a new optimizer. Received: "
             f"optimizer={optimizer!r}"
         )
-    for hook in ("_apply_weight_decay", "_backend_update_step"):
-        stock = getattr(keras.optimizers.Optimizer, hook)
-        own = getattr(type(stepping), hook)
-        # Nadam's is known, see _advance_nadam.
-        known = (stock, getattr(keras.optimizers.Nadam, hook))
-        if own not in known:
-            raise ValueError(
-                "The inner optimizer steps in a way of its own, which "
-                f"{name} cannot follow. Expected one that does not override "
-                f"{hook} of keras.optimizers.Optimizer. Received: "
-                f"optimizer={optimizer!r}"
-            )
+    stepping.check(inner, name=name)

@@ -332,14 +332,7 @@ def picture(rows, path):
         scales, [row.speedup for row in rows], color="#0b6fb8", marker="o"
     )
     for row in labelled:
-        panel.annotate(
-            f"{row.efficiency:.0%}".replace("%", " %"),
-            (row.scale, row.speedup),
-            xytext=(0, -16),
-            textcoords="offset points",
-            ha="center",
-            color="#0b6fb8",
-        )
+        _label(panel, row)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
     panel.set_xticks([row.scale for row in labelled])
@@ -355,6 +348,18 @@ def picture(rows, path):
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25)
     page.savefig(path, format="png", dpi=150)
+
+
+def _label(panel, row):
+    """Writes the efficiency under a row's point."""
+    panel.annotate(
+        f"{row.efficiency:.0%}".replace("%", " %"),
+        (row.scale, row.speedup),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="center",
+        color="#0b6fb8",
+    )
 
 
 def _gains(record, scale):
