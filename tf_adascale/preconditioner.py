@@ -9,6 +9,8 @@ Leans on slots of Keras's optimizers that are not public API. Checked on Keras
 `_average_gradients` (centered RMSprop) and `_u` (Adamax).
 """
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -63,13 +65,17 @@ def divisors(optimizer, slot):
     AMSGrad. Adamax has u + epsilon in its place, a norm from the start; RMSprop
     has rho for beta, and takes the mean off first if it is centered.
 
+    An entry that has had no gradient yet (a dead unit, a row of an embedding)
+    has no second moment either. It is left out: divided by epsilon, its first
+    gradient would be larger than all others together.
+
     Args:
         optimizer: Keras optimizer that passes `check`, built.
         slot: int, the variable's place among those the optimizer was built on.
 
     Returns:
-        Tensor of the variable's shape, float32 or wider; ones until the second
-        moment is warm.
+        Tensor of the variable's shape, float32 or wider: ones until the second
+        moment is warm, then infinite for what is left out.
 
     Example:
 
@@ -84,11 +90,12 @@ def divisors(optimizer, slot):
     Goodput-Optimized Deep Learning", OSDI 2021, AdamScale.
     """
     if isinstance(optimizer, keras.optimizers.Adamax):
-        norm = _read(optimizer._u[slot])
-        divisor = norm + optimizer.epsilon
+        scale = _read(optimizer._u[slot])
     else:
-        moment = _second_moment(optimizer, slot)
-        divisor = tf.sqrt(moment) + optimizer.epsilon
+        scale = tf.sqrt(_second_moment(optimizer, slot))
+    divisor = tf.where(
+        scale > 0, scale + optimizer.epsilon, tf.constant(math.inf, scale.dtype)
+    )
     return tf.where(is_warm(optimizer), divisor, tf.ones_like(divisor))
 
 

@@ -22,13 +22,7 @@ from tf_adascale import gain
 # Efficiencies are looked for up to this scale, 2^64.
 _LARGEST_LOG2 = 64.0
 
-# At a large scale the default smoothing remembers few steps, of many samples
-# each. From the few samples per step of a log, fewer than ten would be noise.
-_MOST_SAMPLES = 100
-
-# Averages depend on the steps they are taken over, and steps on the averages:
-# each pass brings them closer. Ten or so reach the precision asked for.
-_PASSES = 50
+# Of the logarithm of a scale.
 _PRECISION = 1e-9
 
 
@@ -39,13 +33,11 @@ class Record(NamedTuple):
         scale_invariant_step: float64 array [rows], tau at the end of the row.
         gradient_variance: float64 array [rows], the average of sigma^2 there.
         gradient_sqnorm: float64 array [rows], the average of mu^2 there.
-        gain: float64 array [rows], the gain there, at the run's own scale.
     """
 
     scale_invariant_step: np.ndarray
     gradient_variance: np.ndarray
     gradient_sqnorm: np.ndarray
-    gain: np.ndarray
 
 
 class Row(NamedTuple):
@@ -88,9 +80,9 @@ def read(log):
 
     Example:
 
-    >>> history = {"scale_invariant_step": [1.5, 3.0], "gain": [1.5, 1.5],
+    >>> history = {"scale_invariant_step": [1.5, 3.0], "loss": [0.7, 0.6],
     ...            "gradient_variance": [2.0, 2.0],
-    ...            "gradient_sqnorm": [0.5, 0.5], "loss": [0.7, 0.6]}
+    ...            "gradient_sqnorm": [0.5, 0.5]}
     >>> read(history).scale_invariant_step
     array([1.5, 3. ])
     """
@@ -109,7 +101,7 @@ def read(log):
         if row[0] > previous:
             rows.append(row)
         previous = row[0]
-    if not any(variance or sqnorm for _, variance, sqnorm, _ in rows):
+    if not any(variance or sqnorm for _, variance, sqnorm in rows):
         raise ValueError(
             "The log holds no measurement of the gradient. Expected a run by "
             "AdaScale with several gradient samples per step. Received: "
@@ -124,20 +116,15 @@ def iterations(record, scale, *, total_steps=None):
 
         T(S) = integral of d tau / r_S(tau)    from tau = 0 to T_SI
 
-    r_S is the gain of the moments averaged as a run at S averages them. The
-    default smoothing remembers 1000 base batches, which at a small scale is
-    more of the training than at a large one. So the averages of the log are
-    taken apart into the moments of each stretch between two rows, and those are
-    averaged again. Each row stands for the stretch that it ends: from a log
-    with a row per step, T at the run's own scale is the steps it took.
+    r_S is the gain at S of the averages that were recorded. Each row stands for
+    the stretch of tau that it ends: from a log with a row per step, T at the
+    run's own scale is the steps it took.
 
     Args:
-        record: `Record`, of a run at the default smoothing, with a gradient
-            sample per base batch. Of others, all but T at their own scale is
-            less exact.
+        record: `Record`.
         scale: number > 0, S.
         total_steps: number > 0, T_SI, in steps at the base batch. By default
-            the record's last. Beyond its end its last gain holds.
+            the record's last. Beyond its end its last row holds.
 
     Returns:
         Float.
@@ -148,9 +135,8 @@ def iterations(record, scale, *, total_steps=None):
     Example:
 
     >>> # As much signal as noise: r = 2 / (1/S + 1), 8/5 at S = 4.
-    >>> history = {"scale_invariant_step": [40, 80], "gain": [1.6, 1.6],
-    ...            "gradient_variance": [1, 1], "gradient_sqnorm": [1, 1]}
-    >>> record = read(history)
+    >>> record = read({"scale_invariant_step": [40, 80],
+    ...                "gradient_variance": [1, 1], "gradient_sqnorm": [1, 1]})
     >>> iterations(record, 4), iterations(record, 4, total_steps=160)
     (50.0, 100.0)
 
@@ -162,7 +148,12 @@ def iterations(record, scale, *, total_steps=None):
         _check(total_steps, name="total_steps")
         ends = np.minimum(ends, total_steps)
         ends[-1] = total_steps
-    return float(np.sum(np.diff(ends, prepend=0.0) / _gains(record, scale)))
+    moments = gain.Moments(
+        tf.constant(record.gradient_variance, tf.float64),
+        tf.constant(record.gradient_sqnorm, tf.float64),
+    )
+    gains = gain.ratio(moments, scale=float(scale)).numpy()
+    return float(np.sum(np.diff(ends, prepend=0.0) / gains))
 
 
 def rows(record, scales, *, total_steps=None):
@@ -181,7 +172,7 @@ def rows(record, scales, *, total_steps=None):
 
     Example:
 
-    >>> record = Record(*np.array([[80.0], [1.0], [1.0], [1.6]]))
+    >>> record = Record(*np.array([[80.0], [1.0], [1.0]]))
     >>> for row in rows(record, [1, 4]):
     ...     print(row)
     Row(scale=1.0, iterations=80.0, speedup=1.0, efficiency=1.0)
@@ -221,7 +212,7 @@ def scale_at_efficiency(record, efficiency, *, total_steps=None):
     Example:
 
     >>> # 2 / (1 + S) where signal and noise are equal: 1/2 at S = 3.
-    >>> record = Record(*np.array([[80.0], [1.0], [1.0], [1.6]]))
+    >>> record = Record(*np.array([[80.0], [1.0], [1.0]]))
     >>> round(scale_at_efficiency(record, 0.5), 6)
     3.0
     """
@@ -362,70 +353,6 @@ def _label(panel, row):
     )
 
 
-def _gains(record, scale):
-    """Returns the gains of a run at a scale, at the end of each row."""
-    stretches = np.diff(record.scale_invariant_step, prepend=0.0)
-    averages = record.gradient_variance, record.gradient_sqnorm
-    recorded = _recorded_samples(record)
-    kept = _kept(stretches / record.gain, recorded)
-    before = [np.append(0.0, average[:-1]) for average in averages]
-    samples = [x0 + (x - x0) / (1 - kept) for x, x0 in zip(averages, before)]
-    num_samples = min(max(scale, 1), max(recorded, _MOST_SAMPLES))
-    gains = _ratios(averages, scale)
-    for _ in range(_PASSES):
-        kept = _kept(stretches / gains, num_samples)
-        previous = gains
-        gains = _ratios([_averaged(x, kept) for x in samples], scale)
-        if np.allclose(gains, previous, rtol=_PRECISION, atol=0):
-            break
-    return gains
-
-
-def _recorded_samples(record):
-    """Returns the samples per step of a run: its scale, equation (3) for S."""
-    variance, sqnorm = record.gradient_variance, record.gradient_sqnorm
-    inverse = (variance + sqnorm) / record.gain - sqnorm
-    known = (variance > 0) & (inverse > 0)
-    if not np.any(known):
-        return 1.0
-    # Rounded, for the gain is a float32.
-    scale = round(float(np.median(variance[known] / inverse[known])), 2)
-    return max(scale, 1.0)
-
-
-def _ratios(averages, scale):
-    moments = gain.Moments(*(tf.constant(x, tf.float64) for x in averages))
-    return gain.ratio(moments, scale=float(scale)).numpy()
-
-
-def _kept(steps, num_samples):
-    """Returns how much of an average outlives each row, in [0, 1].
-
-    This is `gain.averaged` for many steps at once. Of a plain mean of a steps,
-    a / b is left in that of b steps; beyond 1 / (1 - theta) steps, theta^(b-a).
-
-    Args:
-        steps: float64 array [rows], the steps of each row.
-        num_samples: number >= 1, n, which the default smoothing depends on.
-    """
-    # Not 0, for its logarithm.
-    smoothing = max(gain.default_smoothing(num_samples), 1e-9)
-    plain = math.floor(1 / (1 - smoothing))
-    count = np.cumsum(steps)
-    left = np.maximum(count - plain, 0) * math.log(smoothing)
-    left -= np.log(np.minimum(count, plain))
-    # Less than 1, however short a row may be.
-    return np.minimum(np.exp(np.diff(left, prepend=math.inf)), 1 - 1e-9)
-
-
-def _averaged(samples, kept):
-    average, averages = 0.0, []
-    for sample, part in zip(samples.tolist(), kept.tolist()):
-        average = sample + part * (average - sample)
-        averages.append(average)
-    return averages
-
-
 def _csv_lines(path):
     """Yields (where, dict from column to text) for each line of a CSV."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -471,11 +398,9 @@ def _number(line, column, where):
         number = float(line[column])
     except (TypeError, ValueError):
         number = math.nan
-    least = 0.0 if column == "gain" else -math.inf
-    if not least < number < math.inf:
+    if not math.isfinite(number):
         raise ValueError(
-            f"The {column} is no such number. Expected a finite one"
-            f"{' > 0' if column == 'gain' else ''}. "
+            f"The {column} is no such number. Expected a finite one. "
             f"Received: {where}: {column}={line[column]!r}"
         )
     return number
