@@ -126,6 +126,7 @@ SERIALIZABLE = {
     ),
     "Model": _model,
     "SqrtScaling": lambda: tf_adascale.schedules.SqrtScaling(_decay(), scale=4),
+    "TimeScaling": lambda: tf_adascale.schedules.TimeScaling(_decay(), scale=4),
 }
 
 FOLDERS = ("tf_adascale", "tests", "examples", "benchmarks")

@@ -13,6 +13,7 @@ from tf_adascale.schedules import (
     LinearScaling,
     LinearScalingWithWarmup,
     SqrtScaling,
+    TimeScaling,
 )
 
 # Keras evaluates its schedules in float32. The exponent's rounding, 6e-8 of up
@@ -230,7 +231,11 @@ class TestOracle:
         iterations = schedules.scaled_iterations(total_steps, scale=scale)
         t = np.arange(iterations, dtype=np.float64)
         rates = oracle_rate(family, total_steps, scale * t)
-        for rule, factor in ((LinearScaling, scale), (SqrtScaling, scale**0.5)):
+        for rule, factor in (
+            (LinearScaling, scale),
+            (SqrtScaling, scale**0.5),
+            (TimeScaling, 1),
+        ):
             np.testing.assert_allclose(
                 run(rule(base, scale=scale), iterations),
                 factor * rates,
@@ -322,6 +327,7 @@ def test_scale_1_is_the_wrapped_schedule(family):
     for schedule in (
         LinearScaling(base, scale=1),
         SqrtScaling(base, scale=1),
+        TimeScaling(base, scale=1),
         LegwScaling(base, scale=1, warmup_steps=0),
         LinearScalingWithWarmup(base, scale=1, total_steps=100, warmup=0),
     ):
@@ -343,6 +349,7 @@ EXAMPLES = {
     "linear, fraction": LinearScaling(exponential(1500), scale=2.5),
     "sqrt": SqrtScaling(exponential(1500), scale=7),
     "sqrt, constant": SqrtScaling(0.1, scale=7),
+    "time": TimeScaling(exponential(1500), scale=7),
     "legw": LegwScaling(exponential(1500), scale=8, warmup_steps=20),
     "lsw, step": LinearScalingWithWarmup(
         step_decay(1500), scale=8, total_steps=1500
@@ -459,7 +466,9 @@ class TestExactness:
     """Steps far beyond 2^24, where float32 counts by more than one."""
 
     @pytest.mark.parametrize(
-        "rule", [LinearScaling, SqrtScaling], ids=["linear", "sqrt"]
+        "rule",
+        [LinearScaling, SqrtScaling, TimeScaling],
+        ids=["linear", "sqrt", "time"],
     )
     @pytest.mark.parametrize("scale", [3, 1.5])
     def test_boundary(self, rule, scale):
@@ -539,10 +548,11 @@ class TestBadInput:
         [
             LinearScaling,
             SqrtScaling,
+            TimeScaling,
             lambda *a, **k: LegwScaling(*a, warmup_steps=1, **k),
             lambda *a, **k: LinearScalingWithWarmup(*a, total_steps=1, **k),
         ],
-        ids=["linear", "sqrt", "legw", "lsw"],
+        ids=["linear", "sqrt", "time", "legw", "lsw"],
     )
     @pytest.mark.parametrize(
         "scale", [0, -1, math.inf, math.nan, None, "4"], ids=str

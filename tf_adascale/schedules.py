@@ -132,6 +132,34 @@ class LinearScaling(_ScaledSchedule):
 
 
 @keras.saving.register_keras_serializable(package="tf_adascale")
+class TimeScaling(_ScaledSchedule):
+    """The rate of the base batch, in as many examples: no scaling but of time.
+
+        lr_S(t) = lr(S t)
+
+    What plain averaging does, and what Adasum starts from.
+
+    Args:
+        schedule: as in `LinearScaling`.
+        scale: number > 0, S.
+
+    Raises:
+        ValueError: if an argument is none of the above.
+
+    Example:
+
+    >>> decay = keras.optimizers.schedules.PiecewiseConstantDecay(
+    ...     [8], [0.5, 0.25])
+    >>> schedule = TimeScaling(decay, scale=4)
+    >>> [float(schedule(t)) for t in range(4)]
+    [0.5, 0.5, 0.5, 0.25]
+    """
+
+    def _rate(self, step):
+        return self._base_rate(step)
+
+
+@keras.saving.register_keras_serializable(package="tf_adascale")
 class SqrtScaling(_ScaledSchedule):
     """The square-root scaling rule.
 
