@@ -217,18 +217,53 @@ def test_differenced():
     np.testing.assert_allclose(gains, expected, rtol=1e-4)
 
 
-def test_warm_gain_does_not_depend_on_the_units_of_a_coordinate():
+def test_warm_gain_does_not_depend_on_the_units_of_a_variable():
     """What plain AdaScale lacks: rescaling one weight changes nothing."""
     factors = np.array([1, 10, 0.1, 3, 100, 0.01], "float32")
     gains = []
     for rescaled in (1, factors):
-        weight = keras.Variable(np.zeros(6, "float32"))
+        weights = [keras.Variable([0.0]) for _ in factors]
         optimizer = adamscale(lambda: optimizers.Adam(epsilon=1e-12))
         optimizer.microbatches = 4
         for gradients in samples() * rescaled:
-            apply(optimizer, weight, gradients)
+            each = [[tf.constant([x]) for x in g] for g in gradients]
+            sqnorm = tf.add_n(
+                [optimizer.sample_sqnorm(g, weights) for g in each]
+            )
+            mean = [tf.add_n(column) / 4 for column in zip(*each)]
+            optimizer.apply(mean, weights, sample_sqnorm=sqnorm)
         gains.append(float(optimizer.gain))
     np.testing.assert_allclose(*gains, rtol=1e-4)
+
+
+def test_first_gradient_of_a_dead_unit_does_not_outweigh_the_others():
+    """Divided by epsilon it would: 1e7 to 1."""
+    gains = []
+    for dead in (False, True):
+        weight = keras.Variable(np.zeros(201, "float32"))
+        optimizer = adamscale(lambda: optimizers.Adam(epsilon=1e-7))
+        optimizer.microbatches = 4
+        for t, gradients in enumerate(samples(steps=8, size=201)):
+            gradients /= np.logspace(-1, 1, 201, dtype="float32")
+            if dead and t < 7:
+                gradients[:, 0] = 0
+            apply(optimizer, weight, gradients * np.float32(0.01))
+        gains.append(float(optimizer.gain))
+    # One of 201 entries, floored to a hundredth: within 100^2 times its part.
+    units = preconditioner.divisors(optimizer.inner_optimizer, 0).numpy()
+    assert units.min() > 0.005 * np.sqrt(np.mean(units**2))
+    assert abs(gains[1] - gains[0]) < 2
+
+
+def test_floor():
+    # Second moments 1 and 1e-6 of 2 entries: root mean square 0.7071.
+    adam = optimizers.Adam(epsilon=0.5)
+    weight = keras.Variable([0.0, 0.0])
+    for _ in range(5):
+        adam.apply([tf.constant([1.0, 1e-3])], [weight])
+    np.testing.assert_allclose(
+        preconditioner.divisors(adam, 0), [1.5, 0.507071], rtol=1e-5
+    )
 
 
 def test_loss_scale_is_divided_out():

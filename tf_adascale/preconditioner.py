@@ -9,13 +9,16 @@ Leans on slots of Keras's optimizers that are not public API. Checked on Keras
 `_average_gradients` (centered RMSprop) and `_u` (Adamax).
 """
 
-import math
-
 import keras
 import tensorflow as tf
 
 # Steps after which v-hat is an average worth dividing by. AdaptDL's number.
 WARM_STEPS = 5
+
+# A unit that was dead, or a row of an embedding that was not used, has next to
+# no second moment when its first gradient comes. Divided by that, the gradients
+# of a hundred entries outweigh those of all the others together.
+FLOOR = 0.01
 
 _KNOWN = (
     keras.optimizers.Adam,  # And AdamW.
@@ -65,17 +68,16 @@ def divisors(optimizer, slot):
     AMSGrad. Adamax has u + epsilon in its place, a norm from the start; RMSprop
     has rho for beta, and takes the mean off first if it is centered.
 
-    An entry that has had no gradient yet (a dead unit, a row of an embedding)
-    has no second moment either. It is left out: divided by epsilon, its first
-    gradient would be larger than all others together.
+    The first term is at least `FLOOR` times its root mean square over the
+    variable.
 
     Args:
         optimizer: Keras optimizer that passes `check`, built.
         slot: int, the variable's place among those the optimizer was built on.
 
     Returns:
-        Tensor of the variable's shape, float32 or wider: ones until the second
-        moment is warm, then infinite for what is left out.
+        Tensor of the variable's shape, float32 or wider; ones until the second
+        moment is warm.
 
     Example:
 
@@ -93,9 +95,8 @@ def divisors(optimizer, slot):
         scale = _read(optimizer._u[slot])
     else:
         scale = tf.sqrt(_second_moment(optimizer, slot))
-    divisor = tf.where(
-        scale > 0, scale + optimizer.epsilon, tf.constant(math.inf, scale.dtype)
-    )
+    scale = tf.maximum(scale, FLOOR * tf.sqrt(tf.reduce_mean(scale**2)))
+    divisor = scale + optimizer.epsilon
     return tf.where(is_warm(optimizer), divisor, tf.ones_like(divisor))
 
 
