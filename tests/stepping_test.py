@@ -18,7 +18,7 @@ MAKE = {
 }
 
 
-def gradients(steps=4):
+def gradients(steps=20):
     random = np.random.default_rng(0)
     return random.normal(size=(steps, 2, 3)).astype("float32")
 

@@ -198,7 +198,10 @@ def _advance_nadam(strategy, nadam):
     u <- u beta_1 (1 - 0.96^(t+1) / 2)
     """
     step = tf.cast(nadam.iterations.value + 1, nadam._u_product.dtype)
-    factor = nadam.beta_1 * (1 - 0.5 * 0.96**step)
+    factor = 1 - 0.5 * 0.96**step
     replicas.update(
-        strategy, nadam._u_product, lambda u, x: u.assign(u * x), factor
+        strategy,
+        nadam._u_product,
+        lambda u, x: u.assign(u * nadam.beta_1 * x),  # In the order of Keras.
+        factor,
     )
