@@ -1,4 +1,4 @@
-"""AdaScale and the rules it is compared with: how each trains at a scale."""
+"""AdaScale and what it is compared with: how each trains at a scale."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +9,25 @@ import tf_adascale
 from examples import elastic
 from tf_adascale import schedules
 
-ALGORITHMS = ("identity", "linear", "sqrt", "lsw", "lsw_plus", "adascale")
+# Those that measure how many base steps a step is worth: what they are in terms
+# of `tf_adascale.AdaScale`.
+ADAPTIVE_ALGORITHMS = {
+    "adascale": {},
+    # For Adam and its like.
+    "adamscale": {"power": 0.5, "preconditioned": True},
+}
+ALGORITHMS = (
+    "identity",
+    "average",
+    "linear",
+    "sqrt",
+    "lsw",
+    "lsw_plus",
+    *ADAPTIVE_ALGORITHMS,
+    "adasum",
+)
 # Those that are defined for a scale that changes while training.
-ELASTIC_ALGORITHMS = ("lsw", "adascale")
+ELASTIC_ALGORITHMS = ("lsw", *ADAPTIVE_ALGORITHMS)
 
 
 class Plan(NamedTuple):
@@ -35,7 +51,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    algorithm, schedule, *, scales, total_steps, make_optimizer, iterations=None
+    algorithm,
+    schedule,
+    *,
+    scales,
+    total_steps,
+    make_optimizer,
+    iterations=None,
+    smoothing=None,
 ):
     """Returns how an algorithm trains at a scale.
 
@@ -43,13 +66,17 @@ def plan(
         algorithm: str, one of `ALGORITHMS`: "identity" takes the base batch's
             schedule and steps unchanged; "linear" and "sqrt" are scaling rules;
             "lsw" is linear scaling with warm-up, "lsw_plus" the same stretched
-            to `iterations`; "adascale" is the library's subject.
+            to `iterations`; "adascale" is the library's subject, "adamscale"
+            its form for Adam and the like; "adasum" combines the updates of the
+            micro-batches and replicas, at the rates of "average", which are the
+            base batch's, S times as fast.
         schedule: `LearningRateSchedule` of the base batch.
         scales: sequence of (fraction, scale), see `elastic.parse`: one pair
-            (0, S), or several for "adascale" and "lsw".
+            (0, S), or several for `ELASTIC_ALGORITHMS`.
         total_steps: int >= 1, T_1, steps of training at the base batch.
         make_optimizer: callable, schedule to a new Keras optimizer.
         iterations: int, for "lsw_plus" only: those that AdaScale took.
+        smoothing: float, AdaScale's; other algorithms have none.
 
     Returns:
         `Plan`.
@@ -67,10 +94,10 @@ def plan(
     >>> linear.iterations
     24
 
-    Reference: Johnson et al. 2020, section 4.
+    Reference: Johnson et al. 2020, section 4; of "adasum", Maleki et al. 2020.
     """
     check(algorithm, iterations, scales)
-    if algorithm == "adascale":
+    if algorithm in ADAPTIVE_ALGORITHMS:
         phases = tuple(
             # At most: a gain is at least 1.
             elastic.Phase(scale, end, end)
@@ -81,7 +108,11 @@ def plan(
         return Plan(
             # AdaScale: around the optimizer and the schedule of the base batch,
             # both as they are.
-            tf_adascale.AdaScale(make_optimizer(schedule)),
+            tf_adascale.AdaScale(
+                make_optimizer(schedule),
+                smoothing=smoothing,
+                **ADAPTIVE_ALGORITHMS[algorithm],
+            ),
             phases,
             lambda phase: [
                 # AdaScale: puts the gain and tau into the logs.
@@ -96,6 +127,8 @@ def plan(
     scale = scales[0][1]
     if algorithm == "identity":
         phases = (elastic.Phase(scale, total_steps, total_steps),)
+    elif algorithm in ("average", "adasum"):
+        schedule = schedules.TimeScaling(schedule, scale=scale)
     elif algorithm == "linear":
         schedule = schedules.LinearScaling(schedule, scale=scale)
     elif algorithm == "sqrt":
@@ -112,9 +145,10 @@ def plan(
             iterations=iterations,
         )
         phases = (elastic.Phase(scale, total_steps, schedule.iterations),)
-    return Plan(
-        make_optimizer(schedule), phases, lambda phase: [LearningRateLog()]
-    )
+    optimizer = make_optimizer(schedule)
+    if algorithm == "adasum":
+        optimizer = tf_adascale.Adasum(optimizer)
+    return Plan(optimizer, phases, lambda phase: [LearningRateLog()])
 
 
 def check(algorithm, iterations, scales=((0, 1),)):

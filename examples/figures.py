@@ -9,6 +9,9 @@ COLORS = {
     "lsw": "#d1651a",
     "lsw_plus": "#b0912b",
     "adascale": "#0b6fb8",
+    "adamscale": "#0a9396",
+    "average": "#a0a0a0",
+    "adasum": "#3f8f3a",
 }
 
 

@@ -13,7 +13,8 @@ flags.DEFINE_enum(
     "algorithm",
     _DEFAULTS.algorithm,
     algorithms.ALGORITHMS,
-    "How the schedule is scaled: not at all, by a fixed rule, or by AdaScale.",
+    "How training is scaled: not at all, by a fixed rule, by AdaScale, which "
+    "for Adam and the like is adamscale, or by Adasum.",
 )
 flags.DEFINE_integer(
     "scale",
@@ -54,6 +55,14 @@ flags.DEFINE_integer(
     _DEFAULTS.iterations,
     "Iterations of lsw_plus: those that adascale took.",
     lower_bound=1,
+)
+flags.DEFINE_float(
+    "smoothing",
+    _DEFAULTS.smoothing,
+    "AdaScale's averages: 1 - S / 1000 are those of a run at scale S, which a "
+    "forecast for S should be recorded with. Default: those of this run.",
+    lower_bound=0.0,
+    upper_bound=0.9999,
 )
 flags.DEFINE_enum(
     "strategy",

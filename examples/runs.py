@@ -10,6 +10,9 @@ from typing import NamedTuple
 TITLES = {
     "identity": "SGD",
     "adascale": "AdaScale",
+    "adamscale": "AdamScale",
+    "adasum": "Adasum",
+    "average": "average",
     "linear": "linear",
     "sqrt": "square root",
     "lsw": "LSW",

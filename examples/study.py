@@ -1,12 +1,13 @@
-"""Trains benchmarks by every algorithm, prints the table, draws the picture.
+"""Trains benchmarks by several algorithms, prints the table, draws the picture.
 
-Each benchmark's miniature by plain SGD at S = 1, then by AdaScale and the rules
-it is compared with at a scale where linear scaling has broken down.
+Each benchmark's miniature by the plain optimizer at S = 1, then by AdaScale and
+the rules it is compared with at larger scales.
 
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020, Table 2
 Command:  python -m examples.study --out=out/study
           python -m examples.study cifar10 --seeds=0,1,2
+          python -m examples.study adamw --seeds=0,1,2 --out=out/adamw
 Hardware: 2 CPU cores
 Time:     see examples/README.md; given again, it goes on where it was stopped
 """
@@ -21,7 +22,33 @@ from matplotlib import ticker
 
 from examples import figures, runs
 
-# A scale at which linear scaling has broken down.
+
+class Benchmark(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        trainer: str, a folder of this package.
+        scales: tuple of int, of all algorithms but "identity", which has S = 1.
+        algorithms: tuple of str, "adascale" before "lsw_plus".
+        optimizer: str, the title of "identity".
+        flags: tuple of str, further flags of the trainer.
+    """
+
+    trainer: str
+    scales: tuple
+    algorithms: tuple = (
+        "identity",
+        "adascale",
+        "linear",
+        "sqrt",
+        "lsw",
+        "lsw_plus",
+    )
+    optimizer: str = "SGD"
+    flags: tuple = ()
+
+
+# The paper's, each at a scale where linear scaling has broken down.
 SCALES = {
     "cifar10": 64,
     "imagenet": 32,
@@ -29,13 +56,23 @@ SCALES = {
     "transformer": 16,
     "yolo": 32,
 }
+BENCHMARKS = {
+    **{name: Benchmark(name, (scale,)) for name, scale in SCALES.items()},
+    "adamw": Benchmark(
+        "transformer",
+        (8, 32),
+        algorithms=("identity", "adamscale", "sqrt", "linear"),
+        optimizer="AdamW",
+        flags=("--optimizer=adamw",),
+    ),
+}
 
 
 class Row(NamedTuple):
     """One run, as results.csv has it.
 
     Attributes:
-        benchmark: str.
+        benchmark: str, one of `BENCHMARKS`.
         algorithm: str.
         scale: int, S.
         seed: int.
@@ -57,36 +94,43 @@ class Row(NamedTuple):
     seconds: float
 
 
-def study(benchmark, scale, *, seed, out, algorithms=tuple(runs.TITLES)):
+def study(name, *, seed, out, algorithms=None):
     """Trains a benchmark by several algorithms.
 
     Args:
-        benchmark: str, one of `SCALES`.
-        scale: int, S of all algorithms but "identity".
+        name: str, one of `BENCHMARKS`.
         seed: int.
         out: str, directory; what it has is not trained again.
-        algorithms: sequence of str, "adascale" before "lsw_plus".
+        algorithms: sequence of str, "adascale" before "lsw_plus"; by default
+            the benchmark's.
 
     Yields:
-        `Row` per algorithm, as they finish.
+        `Row` per algorithm and scale, as they finish.
     """
+    benchmark = BENCHMARKS[name]
     done = {row[:4]: row for row in read(out)}
-    for algorithm in algorithms:
-        at_scale = 1 if algorithm == "identity" else scale
-        key = (benchmark, algorithm, at_scale, seed)
+    # Without repeats: "identity" is the same for all scales.
+    wanted = dict.fromkeys(
+        (algorithm, 1 if algorithm == "identity" else scale)
+        for scale in benchmark.scales
+        for algorithm in algorithms or benchmark.algorithms
+    )
+    for algorithm, scale in wanted:
+        key = (name, algorithm, scale, seed)
         if key not in done:
             flags = [
                 f"--algorithm={algorithm}",
-                f"--scale={at_scale}",
+                f"--scale={scale}",
                 f"--seed={seed}",
+                *benchmark.flags,
             ]
             if algorithm == "lsw_plus":
-                adascale = done[benchmark, "adascale", scale, seed]
+                adascale = done[name, "adascale", scale, seed]
                 flags.append(f"--iterations={adascale.iterations}")
-            name = f"{algorithm}-S{at_scale}-seed{seed}"
+            directory = f"{algorithm}-S{scale}-seed{seed}"
             begin = time.monotonic()
             run = runs.train(
-                benchmark, os.path.join(out, benchmark, name), *flags
+                benchmark.trainer, os.path.join(out, name, directory), *flags
             )
             seconds = round(time.monotonic() - begin, 1)
             result = run.result
@@ -145,7 +189,7 @@ def table(rows):
     groups = {}
     for row in rows:
         groups.setdefault(row[:3], []).append(row)
-    for (benchmark, algorithm, scale), group in groups.items():
+    for (name, algorithm, scale), group in groups.items():
         values = [_percent(row) for row in group]
         unit = "" if group[0].metric == "bleu" else " %"
         each = ", ".join(f"{value:.1f}" for value in values)
@@ -153,8 +197,8 @@ def table(rows):
         if group[0].mean_gain != "":
             gain = f"{_mean([row.mean_gain for row in group]):.1f}"
         cells = (
-            benchmark,
-            runs.TITLES[algorithm],
+            name,
+            _title(name, algorithm),
             str(scale),
             f"{_mean([row.iterations for row in group]):.0f}",
             f"{group[0].metric} {_mean(values):.1f}{unit}"
@@ -167,13 +211,22 @@ def table(rows):
 
 
 def picture(rows, path):
-    """Draws quality over iterations, a panel per benchmark, and saves a PNG."""
-    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
-    page, panels = figures.page(
-        1, len(benchmarks), size=(3.2 * len(benchmarks), 3.6)
+    """Draws quality over iterations, a panel per scale, and saves a PNG."""
+    shown = list(
+        dict.fromkeys(
+            (row.benchmark, scale)
+            for row in rows
+            for scale in BENCHMARKS[row.benchmark].scales
+        )
     )
-    for benchmark, panel in zip(benchmarks, panels.flat):
-        mine = [row for row in rows if row.benchmark == benchmark]
+    page, panels = figures.page(1, len(shown), size=(3.2 * len(shown), 3.6))
+    for (name, scale), panel in zip(shown, panels.flat):
+        mine = [
+            row
+            for row in rows
+            if row.benchmark == name
+            and (row.scale == scale or row.algorithm == "identity")
+        ]
         for row in mine:
             panel.plot(
                 row.iterations,
@@ -183,7 +236,7 @@ def picture(rows, path):
                 alpha=0.7,
             )
         panel.set(
-            title=f"{benchmark}, S = {SCALES[benchmark]}",
+            title=f"{name}, S = {scale}",
             xlabel="iterations",
             ylabel=mine[0].metric,
             xscale="log",
@@ -191,8 +244,10 @@ def picture(rows, path):
         )
         # Labels of powers of ten only: the others run into one another.
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-    for number, algorithm in enumerate(runs.TITLES):
-        title = runs.TITLES[algorithm]
+    titles = {
+        row.algorithm: _title(row.benchmark, row.algorithm) for row in rows
+    }
+    for number, (algorithm, title) in enumerate(titles.items()):
         panels.flat[0].text(
             0.42,
             0.05 + 0.08 * number,
@@ -206,41 +261,47 @@ def picture(rows, path):
 def main(arguments=None):
     """Trains what is asked for; returns the list of `Row`."""
     parser = argparse.ArgumentParser(
-        description="Trains benchmarks by every algorithm and compares them."
+        description="Trains benchmarks by several algorithms and compares them."
     )
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="NAME", help=", ".join(SCALES)
+        "benchmarks",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)}; by default the paper's",
     )
     parser.add_argument("--out", default="out/study", help="directory")
     parser.add_argument("--seeds", default="0", help="as in 0,1,2")
     parser.add_argument(
-        "--algorithms", default=",".join(runs.TITLES), help="as in the default"
+        "--algorithms",
+        help="as in identity,adascale; by default the benchmark's",
     )
     options = parser.parse_args(arguments)
-    algorithms = options.algorithms.split(",")
+    algorithms = options.algorithms and options.algorithms.split(",")
     for kind, unknown in (
-        ("benchmark", set(options.benchmarks) - set(SCALES)),
-        ("algorithm", set(algorithms) - set(runs.TITLES)),
+        ("benchmark", set(options.benchmarks) - set(BENCHMARKS)),
+        ("algorithm", set(algorithms or ()) - set(runs.TITLES)),
     ):
         if unknown:
             parser.error(f"no such {kind}: {', '.join(unknown)}")
     os.makedirs(options.out, exist_ok=True)
     rows = [
         row
-        for benchmark in options.benchmarks or SCALES
+        for name in options.benchmarks or SCALES
         for seed in options.seeds.split(",")
         for row in study(
-            benchmark,
-            SCALES[benchmark],
-            seed=int(seed),
-            out=options.out,
-            algorithms=algorithms,
+            name, seed=int(seed), out=options.out, algorithms=algorithms
         )
     ]
     path = os.path.join(options.out, "benchmarks.png")
     picture(rows, path)
     print(f"\n{table(rows)}\n\n{path}")
     return rows
+
+
+def _title(name, algorithm):
+    if algorithm == "identity":
+        return BENCHMARKS[name].optimizer
+    return runs.TITLES[algorithm]
 
 
 def _append(out, row):

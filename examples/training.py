@@ -85,6 +85,7 @@ class Settings(NamedTuple):
     microbatches: int | None = None
     total_steps: int | None = None
     iterations: int | None = None
+    smoothing: float | None = None
     strategy: str = "default"
     tpu: str | None = None
     seed: int = 0
@@ -146,6 +147,7 @@ def run(task, settings):
             total_steps=settings.total_steps,
             make_optimizer=task.optimizer,
             iterations=settings.iterations,
+            smoothing=settings.smoothing,
         )
     interval = _steps_per_row(plan, settings)
     _claim(settings, task, interval, write=chief)
@@ -323,7 +325,7 @@ def _result(model, dataset, progress, task, settings):
     evaluate = task.evaluate or _evaluate
     metrics = evaluate(model, dataset)
     mean_gain = None
-    if settings.algorithm == "adascale":
+    if settings.algorithm in algorithms.ADAPTIVE_ALGORITHMS:
         mean_gain = float(model.optimizer.scale_invariant_step) / progress.step
     return Result(
         algorithm=settings.algorithm,
@@ -367,7 +369,7 @@ def predictions(model, dataset):
 def _steps_per_row(plan, settings):
     """Returns the number of steps per row of the log."""
     shortest_run = plan.iterations
-    if settings.algorithm == "adascale":
+    if settings.algorithm in algorithms.ADAPTIVE_ALGORITHMS:
         begin = shortest_run = 0
         for phase in plan.phases:
             shortest_run += (phase.end - begin) / phase.scale

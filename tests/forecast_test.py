@@ -684,13 +684,13 @@ class TestStudy:
         assert rows[0].iterations == 56
         assert rows[0].error == pytest.approx(50.625 / 56 - 1, rel=1e-9)
         assert forecast_study.table(rows) in capsys.readouterr().out
-        assert ("digits", "--algorithm=adascale", "--scale=4", "--seed=1") in (
-            trained
-        )
+        # Averages as at S = sqrt(8 * 32) = 16.
+        recorded = ("digits", "--algorithm=adascale", "--scale=4", "--seed=1")
+        assert (*recorded, "--smoothing=0.984") in trained
         assert len(trained) == 2 * 2 * 4
 
     def test_goes_on_where_it_was_stopped(self, tmp_path, trained, monkeypatch):
-        done = tmp_path / "digits" / "S4-seed0"
+        done = tmp_path / "digits" / "S4-seed0-smoothing=0.984"
         done.mkdir(parents=True)
         (done / "result.json").touch()
         run = runs.Run({"iterations": 56}, constant(9, 1)._asdict())

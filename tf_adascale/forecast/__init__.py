@@ -6,6 +6,12 @@ They give the gain at every scale, and so the iterations of training there:
     T(S) = integral of d tau / r_S(tau)    from tau = 0 to T_SI
 
 One device is enough for the run: four micro-batches are four gradient samples.
+
+Averages lag behind: by default they remember 1000 base batches, which a run at
+a large scale has over in a few steps. To forecast for a scale S, record with
+the averages that a run there has:
+`AdaScale(smoothing=gain.default_smoothing(S))`.
+
 The same from the command line: `python -m tf_adascale.forecast --help`.
 """
 
