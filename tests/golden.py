@@ -136,3 +136,74 @@ ROWS = [
     # "equal" at S = 1/2: no noise, gain 1.
     Row("equal_at_half", _EQUAL, 0.5, 0.0, 9.0, 1.0),
 ]
+
+
+class AdasumRow(NamedTuple):
+    """Vectors and their Adasum.
+
+    Attributes:
+        name: str, an identifier for `pytest.mark.parametrize`.
+        samples: list of n vectors of three entries.
+        expected: list of three entries.
+    """
+
+    name: str
+    samples: list
+    expected: list
+
+    @property
+    def largest(self):
+        """float, the largest magnitude of an entry."""
+        return float(np.max(np.abs(self.samples)))
+
+
+ADASUM_ROWS = [
+    # a.b = 0: a + b.
+    AdasumRow("orthogonal", [[4, 0, 0], [0, 2, 2]], [4, 2, 2]),
+    # 1 - 9 / (2 * 9) = 1/2 each: the mean.
+    AdasumRow("equal", [[1, 2, 2], [1, 2, 2]], [1, 2, 2]),
+    # a and 3 a: (1 - 3/2) a + (1 - 3/18) 3 a = -a/2 + 5a/2 = 2 a: the mean.
+    AdasumRow("parallel", [[1, 2, 2], [3, 6, 6]], [2, 4, 4]),
+    # 1 + 1/2 each, which cancel.
+    AdasumRow("opposite", [[1, 2, 2], [-1, -2, -2]], [0, 0, 0]),
+    # a.b = 16, |a|^2 = 16, |b|^2 = 32: a/2 + 3b/4.
+    AdasumRow("between", [[4, 0, 0], [4, 4, 0]], [5, 3, 0]),
+    # Two levels, and the odd one: 3 + 3 + 3.
+    AdasumRow(
+        "three_orthogonal",
+        [[3, 0, 0], [0, 3, 0], [0, 0, 3]],
+        [3, 3, 3],
+    ),
+    # (a + a)/2 = a, and again.
+    AdasumRow("three_equal", [[1, 2, 2]] * 3, [1, 2, 2]),
+    # The two that cancel leave the third alone.
+    AdasumRow(
+        "two_opposite_and_one",
+        [[1, 2, 2], [-1, -2, -2], [0, 4, 0]],
+        [0, 4, 0],
+    ),
+    # (3, 0, 0) and its opposite, (0, 0, 1) and its opposite.
+    AdasumRow(
+        "four_in_opposite_pairs",
+        [[3, 0, 0], [-3, 0, 0], [0, 0, 1], [0, 0, -1]],
+        [0, 0, 0],
+    ),
+    # Pairs first: (2, 2) and (2, -2) are orthogonal, (4, 0, 0); (2, ., 2) and
+    # (2, ., -2) likewise; these two are equal: (4, 0, 0), where the mean of the
+    # four is (2, 0, 0).
+    AdasumRow(
+        "four_around",
+        [[2, 2, 0], [2, -2, 0], [2, 0, 2], [2, 0, -2]],
+        [4, 0, 0],
+    ),
+    # The same in another order: (2, 2, 0) and (2, 0, 2) have the product 4 and
+    # squared norms of 8, so 3/4 each: (3, 1.5, 1.5); the others make
+    # (3, -1.5, -1.5). Product 4.5, squared norms 13.5, so 5/6 each.
+    AdasumRow(
+        "four_around_in_another_order",
+        [[2, 2, 0], [2, 0, 2], [2, -2, 0], [2, 0, -2]],
+        [5, 0, 0],
+    ),
+    AdasumRow("one", [[1, -2, 3]], [1, -2, 3]),
+    AdasumRow("one_of_two_is_zero", [[0, 0, 0], [1, -2, 3]], [1, -2, 3]),
+]

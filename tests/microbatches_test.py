@@ -59,15 +59,19 @@ def test_summed_equals_a_python_loop(jit_compile):
 
     def function(x, y, weight):
         assert y is None
-        terms = [tf.reduce_sum(x, 0), None, tf.reduce_sum(weight) ** 2]
-        return terms, {"a": x * 2, "b": (weight,)}
+        samples = [tf.reduce_sum(x, 0), None]
+        terms = [None, tf.reduce_sum(weight) ** 2]
+        return samples, terms, {"a": x * 2, "b": (weight,)}
 
     @tf.function(jit_compile=jit_compile)
     def run(x, weights):
         return microbatches.summed(function, [x, None, weights], 4)
 
-    (total, none, squares), outputs = run(x, weights)
+    samples, terms, outputs = run(x, weights)
+    total, none = samples
     np.testing.assert_allclose(total, x.sum((0, 1)), rtol=1e-6)
+    assert none is None
+    none, squares = terms
     assert none is None
     # Rows of 0..11 sum to 3, 12, 21, 30: 9 + 144 + 441 + 900 = 1494.
     assert float(squares) == 1494.0
@@ -80,7 +84,59 @@ def test_summed_traces_its_function_once():
 
     def function(x):
         traces.append(x)
-        return [tf.reduce_sum(x)], x
+        return [tf.reduce_sum(x)], [], x
 
     microbatches.summed(function, [tf.ones((5, 2))], 5)
     assert len(traces) == 1
+
+
+def walked(values, merge):
+    """Merges neighbours, level by level; an odd one moves up."""
+    while len(values) > 1:
+        odd_one = values[len(values) // 2 * 2 :]
+        values = [merge(a, b) for a, b in zip(values[::2], values[1::2])]
+        values += odd_one
+    return values[0]
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "xla"])
+@pytest.mark.parametrize("count", range(1, 18))
+def test_merged_in_a_tree(count, mode):
+    """The order counts: the merge is neither symmetric nor associative."""
+    x = np.random.default_rng(count).normal(size=(count, 3))
+
+    def merge(earlier, later):
+        return [0.5 * a + 0.25 * b for a, b in zip(earlier, later)]
+
+    def run(x):
+        samples, terms, outputs = microbatches.summed(
+            lambda x: ([x, None, x[0]], [x], x[None]), [x], count, merge=merge
+        )
+        assert samples[1] is None
+        return [samples[0], samples[2]], terms, outputs
+
+    if mode != "eager":
+        run = tf.function(run, autograph=False, jit_compile=mode == "xla")
+    (vector, scalar), (total,), outputs = run(tf.constant(x))
+    expected = walked(list(x), lambda a, b: 0.5 * a + 0.25 * b)
+    np.testing.assert_allclose(vector, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(scalar, expected[0], rtol=0, atol=1e-12)
+    # What is beside them is summed and joined as ever.
+    np.testing.assert_allclose(total, x.sum(0), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(outputs, x)
+
+
+def test_merge_gets_lists_without_none():
+    seen = []
+
+    def merge(earlier, later):
+        seen.append((len(earlier), len(later)))
+        return earlier
+
+    part = tf.ones((2, 1))
+    (first, none), *_ = microbatches.summed(
+        lambda x: ([x, None], None, None), [part], 2, merge=merge
+    )
+    assert seen == [(1, 1)]
+    assert none is None
+    assert first.numpy().tolist() == [1.0]

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import keras
 import multiworker_worker
 import numpy as np
 import ports
@@ -107,3 +108,53 @@ def test_an_overflow_in_one_worker_skips_the_step_in_both(workers):
     for worker in workers:
         assert worker["skipped"] == 1
         assert worker["digest_after_skipping"] == worker["digest"]
+
+
+def gradients_of(weights, x, y):
+    """The gradients of the worker's model by hand, in float64."""
+    kernel, bias, output_kernel, output_bias = weights
+    hidden = np.tanh(x @ kernel + bias)
+    of_output = 2 * (hidden @ output_kernel + output_bias - y) / len(x)
+    of_hidden = of_output @ output_kernel.T * (1 - hidden**2)
+    return [
+        x.T @ of_hidden,
+        of_hidden.sum(0),
+        hidden.T @ of_output,
+        of_output.sum(0),
+    ]
+
+
+def adasum_of(a, b):
+    product = np.sum(a * b)
+    return a + b - product / 2 * (a / np.sum(a * a) + b / np.sum(b * b))
+
+
+def adasum_steps(weights, combine):
+    """Weights after the workers' steps of Adasum: momenta m <- 0.9 m - g/20."""
+    weights = [weight.astype("float64") for weight in weights]
+    momenta = [[0 * weight for weight in weights] for _ in range(NUM_WORKERS)]
+    x, y = (
+        array.reshape(multiworker_worker.STEPS, NUM_WORKERS, -1, array.shape[1])
+        for array in multiworker_worker.data()
+    )
+    for step in range(multiworker_worker.ADASUM_STEPS):
+        gradients = [gradients_of(weights, *xy) for xy in zip(x[step], y[step])]
+        if combine == "gradients":
+            gradients = [list(map(adasum_of, *gradients))] * NUM_WORKERS
+        momenta = [
+            [0.9 * m - 0.05 * g for m, g in zip(own, gradient)]
+            for own, gradient in zip(momenta, gradients)
+        ]
+        updates = map(adasum_of, *momenta)
+        weights = [w + update for w, update in zip(weights, updates)]
+    return weights
+
+
+@pytest.mark.parametrize("combine", ["updates", "gradients"])
+def test_adasum_of_both_workers(workers, combine):
+    first, second = (worker["adasum"][combine] for worker in workers)
+    assert first["digest"] == second["digest"]
+    model = multiworker_worker.compiled(keras.Model, "sgd")
+    expected = adasum_steps(model.get_weights(), combine)
+    for received, weight in zip(first["weights"], expected, strict=True):
+        np.testing.assert_allclose(received, weight, rtol=0, atol=1e-6)

@@ -21,6 +21,7 @@ import tf_adascale
 BATCH = 16
 STEPS = 6
 STEPS_PER_EXECUTION = 4
+ADASUM_STEPS = 3
 
 
 def data():
@@ -73,6 +74,19 @@ def train(strategy, x, y):
     }
 
 
+def adasum(strategy, x, y, combine):
+    """Returns the weights after some steps of Adasum, and their digest."""
+    with strategy.scope():
+        inner = keras.optimizers.SGD(0.05, momentum=0.9)
+        model = compiled(
+            tf_adascale.Model, tf_adascale.Adasum(inner, combine=combine)
+        )
+    rows = BATCH * ADASUM_STEPS
+    model.fit(dataset(x[:rows], y[:rows]), verbose=0, shuffle=False)
+    weights = [weight.tolist() for weight in model.get_weights()]
+    return {"weights": weights, "digest": digest(model)}
+
+
 def stock_error(strategy, x, y):
     """Returns the error of stock Keras's `fit`, or None if there is none."""
     with strategy.scope():
@@ -101,6 +115,10 @@ def main():
     result = {**result, "stock": stock, "digest": digest(model)}
     predicted = model.predict(dataset(x, y), verbose=0)
     result["predicted"] = predicted.ravel().tolist()
+    result["adasum"] = {
+        combine: adasum(strategy, x, y, combine)
+        for combine in ("updates", "gradients")
+    }
     # One infinite input, which only the first worker sees.
     x[0] = np.inf
     model.fit(dataset(x[:BATCH], y[:BATCH]), verbose=0, shuffle=False)

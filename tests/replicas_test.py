@@ -126,6 +126,126 @@ def test_total_reduces_a_whole_list_at_once(strategy_of, monkeypatch):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+def test_index(count, strategy_of, run):
+    strategy = strategy_of(count)
+    places = locals_of(strategy, run(strategy, replicas.index))
+    assert [int(place) for place in places] == list(range(count))
+    assert all(place.dtype == np.int32 for place in places)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_gathered(count, strategy_of, run):
+    strategy = strategy_of(count)
+
+    def function():
+        result = replicas.gathered(tf.stack([index(), 5.0]))
+        assert result.shape == (count, 2)
+        return result
+
+    for got in locals_of(strategy, run(strategy, function)):
+        assert got.tolist() == [[i, 5.0] for i in range(count)]
+
+
+class TestInnerProducts:
+    SHAPES = ((3, 4), (), (25,), (0,), (7, 1))
+
+    def values(self, count, dtype):
+        random = np.random.default_rng(count)
+        return [
+            random.normal(size=(count, *s)).astype(dtype) for s in self.SHAPES
+        ]
+
+    @pytest.mark.parametrize("count", COUNTS)
+    @pytest.mark.parametrize("entries", [1, 4, 10, 10**6])
+    def test_of_pieces_of_any_size(
+        self, entries, count, strategy_of, monkeypatch
+    ):
+        monkeypatch.setattr(replicas, "BYTES_PER_GATHER", 8 * entries)
+        strategy = strategy_of(count)
+        values = self.values(count, "float64")
+        results = self.run(strategy, values)
+        for got in results:
+            # The same on every replica to the bit.
+            assert got.tobytes() == results[0].tobytes()
+            assert got.dtype == np.float64
+            for value, products in zip(values, got, strict=True):
+                rows = value.reshape(count, -1)
+                np.testing.assert_allclose(
+                    products, rows @ rows.T, rtol=0, atol=1e-12
+                )
+
+    @pytest.mark.parametrize(
+        ("dtypes", "expected"),
+        [
+            (["float16"], "float32"),
+            (["bfloat16", "float32"], "float32"),
+            (["float32", "float64"], "float64"),
+        ],
+        ids=str,
+    )
+    def test_types(self, dtypes, expected, strategy_of):
+        strategy = strategy_of(2)
+
+        def function():
+            # 64^2 * 40 = 163840: more than float16 has.
+            return replicas.inner_products(
+                [tf.fill([40], tf.constant(64.0, dtype)) for dtype in dtypes]
+            )
+
+        for got in locals_of(strategy, replicas.run(strategy, function)):
+            assert got.dtype == expected
+            assert np.array_equal(got, np.full((len(dtypes), 2, 2), 163840.0))
+
+    def test_pieces_wait_for_one_another(self, monkeypatch):
+        """At any time a replica needs to hold no more than one of all."""
+        entries = 10
+        monkeypatch.setattr(replicas, "BYTES_PER_GATHER", 8 * entries)
+        sent, received = [], []
+        stock = replicas.gathered
+
+        def gathered(value):
+            result = stock(value)
+            sent.append(value)
+            received.append(result)
+            return result
+
+        monkeypatch.setattr(replicas, "gathered", gathered)
+        values = self.values(1, "float64")
+
+        @tf.function
+        def step():
+            return replicas.inner_products([tf.constant(v[0]) for v in values])
+
+        step.get_concrete_function()
+        # 12 + 1 + 25 + 7 = 45 entries.
+        sizes = [value.shape.num_elements() for value in sent]
+        assert sizes == [10, 10, 10, 10, 5]
+        for before, after in zip(received, sent[1:]):
+            assert before.op in ancestors(after.op)
+
+    def run(self, strategy, values):
+        @tf.function
+        def step():
+            place = replicas.index()
+            return replicas.inner_products(
+                [tf.gather(tf.constant(value), place) for value in values]
+            )
+
+        return locals_of(strategy, replicas.run(strategy, step))
+
+
+def ancestors(operation):
+    """All operations that must run before one of a graph."""
+    found, left = set(), [operation]
+    while left:
+        operation = left.pop()
+        before = [x.op for x in operation.inputs] + operation.control_inputs
+        left += [op for op in before if op not in found]
+        found.update(before)
+    return found
+
+
+@pytest.mark.parametrize("count", COUNTS)
 class TestHandOff:
     def test_updates_every_copy_with_its_devices_value(
         self, count, strategy_of, run

@@ -37,7 +37,8 @@ class Adasum(wrapper.Wrapper):
     k = 2, 4, 8, ... the tree is that of N k replicas.
 
     A step with a gradient that is not finite, on any replica, is skipped on all
-    of them. Sparse gradients are made dense where they are combined. With one
+    of them. Sparse gradients are made dense where gradients are combined; by
+    `combine="updates"` the inner optimizer gets them as they are. With one
     sample per step this is the inner optimizer to the bit.
 
     Each step receives N - 1 times the size of the model and all-reduces it
