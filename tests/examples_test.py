@@ -25,7 +25,7 @@ from examples import (
     training,
 )
 from examples.digits import data, demo, train
-from tf_adascale import Model
+from tf_adascale import Adasum, Model
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -122,6 +122,8 @@ class TestPlan:
         "algorithm, kwargs, iterations, first, last",
         [
             ("identity", {}, 100, 0.1, 0.001),
+            ("average", {}, 25, 0.1, 0.001),
+            ("adasum", {}, 25, 0.1, 0.001),
             ("linear", {}, 25, 0.4, 0.004),  # 4 lr
             ("sqrt", {}, 25, 0.2, 0.002),  # sqrt(4) lr
             ("lsw", {}, 25, 0.1, 0.004),  # warms up from lr(0) to 4 lr(0)
@@ -143,6 +145,25 @@ class TestPlan:
         assert plan.iterations == 100  # At most: the gain is at least 1.
         assert plan.callbacks(plan.phases[0])[-1].total_steps == 100
         assert float(plan.optimizer.learning_rate) == pytest.approx(0.1)
+
+    def test_adamscale_is_adascale_for_adaptive_optimizers(self):
+        optimizer = algorithms.plan(
+            "adamscale",
+            self.schedule,
+            scales=((0, 4), (0.5, 8)),
+            total_steps=100,
+            make_optimizer=keras.optimizers.AdamW,
+        ).optimizer
+        assert (optimizer.power, optimizer.preconditioned) == (0.5, True)
+        assert isinstance(optimizer.inner_optimizer, keras.optimizers.AdamW)
+        assert not self.plan("adascale").optimizer.preconditioned
+
+    def test_adasum_is_around_the_optimizer(self):
+        plain = self.plan("average").optimizer
+        adasum = self.plan("adasum").optimizer
+        assert type(plain) is keras.optimizers.SGD
+        assert isinstance(adasum, Adasum)
+        assert type(adasum.inner_optimizer) is keras.optimizers.SGD
 
     def test_lsw_plus_needs_iterations(self):
         with pytest.raises(ValueError, match="it needs one") as error:
@@ -255,12 +276,23 @@ class TestRun:
             ("lsw", 2),
             ("lsw_plus", 3),
             ("adascale", None),
+            ("adamscale", None),
+            ("average", 2),
+            ("adasum", 2),
         ],
     )
     def test_smoke(self, tmp_path, algorithm, iterations):
         given = {"iterations": 3} if algorithm == "lsw_plus" else {}
+        task = one_layer()
+        if algorithm == "adamscale":  # SGD has no second moment.
+            task = task._replace(optimizer=keras.optimizers.AdamW)
         result = run(
-            tmp_path, algorithm=algorithm, scale=2, smoke=True, **given
+            tmp_path,
+            task=task,
+            algorithm=algorithm,
+            scale=2,
+            smoke=True,
+            **given,
         )
         if iterations is None:
             assert 2 <= result.iterations <= 4  # A gain is within [1, 2].
@@ -275,7 +307,7 @@ class TestRun:
         log = rows(tmp_path)
         assert len(log) == result.iterations
         assert {"loss", "accuracy", "learning_rate"} <= set(log[0])
-        if algorithm == "adascale":
+        if iterations is None:
             assert {"gain", "scale_invariant_step"} <= set(log[0])
         assert os.listdir(tmp_path / "run" / "tensorboard" / "train")
 
@@ -683,6 +715,10 @@ class TestDemo:
         # No such scale: the process refuses its flags.
         with pytest.raises(subprocess.CalledProcessError):
             runs.train("digits", str(tmp_path), "--scale=0")
+
+    def test_all_algorithms_have_a_title_and_a_color(self):
+        assert runs.TITLES.keys() == set(algorithms.ALGORITHMS)
+        assert figures.COLORS.keys() == set(algorithms.ALGORITHMS)
 
     def test_loss_is_averaged_over_as_many_examples_as_a_large_step(self):
         # Two steps a row at S = 1: at S = 4 a step has the examples of 2 rows.

@@ -22,7 +22,7 @@ def made_up(benchmark, model_dir, *arguments):
         "examples": 640,
         "metric": "bleu" if benchmark == "transformer" else "accuracy",
         "value": 97.5 if benchmark == "transformer" else 0.975,
-        "mean_gain": 3.5 if algorithm == "adascale" else None,
+        "mean_gain": 3.5 if algorithm in ("adascale", "adamscale") else None,
     }
     log = {
         "step": [10.0, 20.0, 30.0, 40.0],
@@ -51,7 +51,14 @@ def trained(monkeypatch):
 class TestStudy:
     def test_every_algorithm_of_a_benchmark(self, tmp_path, trained, capsys):
         rows = study.main(["cifar10", f"--out={tmp_path}", "--seeds=0,1"])
-        assert [row.algorithm for row in rows] == [*runs.TITLES] * 2
+        assert [row.algorithm for row in rows] == [
+            "identity",
+            "adascale",
+            "linear",
+            "sqrt",
+            "lsw",
+            "lsw_plus",
+        ] * 2
         assert [row.scale for row in rows] == [1, 64, 64, 64, 64, 64] * 2
         # LSW+ is stretched to the iterations that AdaScale took.
         lsw_plus = [run for run in trained if "--algorithm=lsw_plus" in run]
@@ -71,10 +78,34 @@ class TestStudy:
         assert study.read(tmp_path) == rows
         assert {row.value for row in rows} == {97.5}
 
-    def test_all_benchmarks_are_folders(self):
+    def test_several_scales_by_adamw(self, tmp_path, trained, capsys):
+        arguments = ["adamw", f"--out={tmp_path}", "--seeds=3"]
+        rows = study.main(arguments)
+        assert [(row.algorithm, row.scale) for row in rows] == [
+            ("identity", 1),
+            ("adamscale", 8),
+            ("sqrt", 8),
+            ("linear", 8),
+            ("adamscale", 32),
+            ("sqrt", 32),
+            ("linear", 32),
+        ]
+        for run in trained:
+            assert run[0] == "transformer"
+            assert {"--optimizer=adamw", "--seed=3"} < set(run)
+        printed = capsys.readouterr().out
+        # The plain optimizer is not SGD here.
+        assert "| adamw | AdamW | 1 | 40 | bleu 97.5 | - |" in printed
+        assert "| adamw | AdamScale | 8 | 40 | bleu 97.5 | 3.5 |" in printed
+        assert study.main(arguments) == rows
+        assert len(trained) == 7
+
+    def test_all_trainers_are_folders(self):
         folder = os.path.dirname(study.__file__)
-        for benchmark in study.SCALES:
-            assert os.path.exists(os.path.join(folder, benchmark, "train.py"))
+        for benchmark in study.BENCHMARKS.values():
+            assert os.path.exists(
+                os.path.join(folder, benchmark.trainer, "train.py")
+            )
 
     def test_unknown_benchmarks_are_refused(self, trained, capsys):
         with pytest.raises(SystemExit):

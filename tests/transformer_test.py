@@ -601,6 +601,45 @@ class TestTask:
         assert (optimizer.momentum, optimizer.nesterov) == (0.99, False)
         assert task.loss().smoothing == 0.1
 
+    def test_adamw_warms_up_and_decays(self):
+        task = train.task(optimizer="adamw", split="validation")
+        # Apart from runs by SGD.
+        assert task.name == "transformer-validation-adamw"
+        assert task.total_steps == 4000
+        # Up to 0.001 in a tenth of the steps, then half a period of a cosine.
+        schedule = task.schedule(100)
+        rates = [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
+        np.testing.assert_allclose(
+            rates, [0.0, 0.0005, 0.001, 0.0005, 0.0], atol=1e-9
+        )
+        # Too short to warm up.
+        assert float(task.schedule(1)(0)) == pytest.approx(0.001)
+        higher = train.task(optimizer="adamw", learning_rate=0.5)
+        assert float(higher.schedule(100)(10)) == pytest.approx(0.5)
+
+    def test_adamw_decays_kernels_and_embeddings(self):
+        task = train.task(optimizer="adamw")
+        transformer = task.model()
+        optimizer = task.optimizer(0.001)
+        assert isinstance(optimizer, keras.optimizers.AdamW)
+        assert optimizer.beta_2 == 0.98
+        optimizer.build(transformer.trainable_variables)
+        decaying = {
+            variable.name
+            for variable in transformer.trainable_variables
+            if optimizer._use_weight_decay(variable)
+        }
+        assert decaying == {"kernel", "embeddings"}
+
+    def test_optimizers_without_a_recipe_are_refused(self):
+        for given in [
+            {"data": "tfds", "optimizer": "adamw"},
+            {"optimizer": "adam"},
+        ]:
+            with pytest.raises(ValueError, match="no recipe") as error:
+                train.task(**given)
+            assert f"optimizer={given['optimizer']!r}" in str(error.value)
+
     def test_unprepared_data_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="is not prepared") as error:
             train.task(data="tfds", data_dir=str(tmp_path)).model()
