@@ -26,7 +26,7 @@ help:  ## List the targets
 demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (out/demo)
 	$(BIN)/python -m examples.digits.demo
 
-study: $(VENV)/installed-demo  ## Train the five miniatures by all algorithms (out/study)
+study: $(VENV)/installed-demo  ## Train the five miniatures by the paper's algorithms (out/study)
 	$(BIN)/python -m examples.study
 	$(BIN)/python -m examples.imagenet.elastic_demo
 
@@ -49,8 +49,9 @@ format: $(VENV)/installed-dev  ## Rewrite the sources in the common format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/installed-demo  ## Time a step of AdaScale against plain SGD
+bench: $(VENV)/installed-demo  ## Time a step of AdaScale, and of Adasum, against plain SGD
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.adasum_time
 
 clean:  ## Remove outputs and caches
 	rm -rf out dist *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -21,7 +21,7 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -60,13 +60,12 @@ class Variant(NamedTuple):
     Attributes:
         model: the class of the model.
         optimizer: function that returns the optimizer.
-        bytes_per_pack: int, how AdaScale's gradients are packed to be reduced;
-            0 is TensorFlow's default, all in one tensor.
+        constants: dict, what constants of `tf_adascale.replicas` are instead.
     """
 
     model: Callable[..., keras.Model]
     optimizer: Callable[[], keras.optimizers.Optimizer]
-    bytes_per_pack: int = replicas.BYTES_PER_PACK
+    constants: Mapping[str, int] = {}
 
 
 class Times(NamedTuple):
@@ -127,8 +126,14 @@ def _activation(x):
     return layers.ReLU()(layers.BatchNormalization()(x))
 
 
-def _sgd():
+def sgd():
+    """Returns SGD with momentum."""
     return keras.optimizers.SGD(1e-3, momentum=0.9)
+
+
+def adascale():
+    """Returns AdaScale around it."""
+    return tf_adascale.AdaScale(sgd())
 
 
 WORKLOADS = {
@@ -140,32 +145,31 @@ WORKLOADS = {
 BASELINE = "sgd"
 
 VARIANTS = {
-    "adascale": Variant(
-        tf_adascale.Model, lambda: tf_adascale.AdaScale(_sgd())
-    ),
+    "adascale": Variant(tf_adascale.Model, adascale),
+    # As TensorFlow does by default: all in one tensor.
     "adascale_one_pack": Variant(
-        tf_adascale.Model, lambda: tf_adascale.AdaScale(_sgd()), 0
+        tf_adascale.Model, adascale, {"BYTES_PER_PACK": 0}
     ),
-    "sgd": Variant(tf_adascale.Model, _sgd),
-    "sgd_again": Variant(tf_adascale.Model, _sgd),
-    "keras_sgd": Variant(keras.Model, _sgd),
+    "sgd": Variant(tf_adascale.Model, sgd),
+    "sgd_again": Variant(tf_adascale.Model, sgd),
+    "keras_sgd": Variant(keras.Model, sgd),
 }
 
 
 # Measurements.
 
 
-def make_strategy():
-    """Returns a strategy of `NUM_REPLICAS` logical CPU devices.
+def make_strategy(num_replicas=NUM_REPLICAS):
+    """Returns a strategy of so many logical CPU devices.
 
     Call it before anything else touches TensorFlow.
     """
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration()] * NUM_REPLICAS
+        cpu, [tf.config.LogicalDeviceConfiguration()] * num_replicas
     )
     return tf.distribute.MirroredStrategy(
-        [f"CPU:{index}" for index in range(NUM_REPLICAS)]
+        [f"CPU:{index}" for index in range(num_replicas)]
     )
 
 
@@ -184,7 +188,6 @@ def make_batch(workload, strategy):
 
 def make_trainer(workload, variant, strategy, batch):
     """Returns a `Trainer` that has taken `WARMUP_STEPS`, and so is compiled."""
-    keras.utils.set_random_seed(0)
     with strategy.scope():
         inputs = keras.Input(workload.input_shape)
         model = variant.model(inputs, workload.connect(inputs))
@@ -203,8 +206,8 @@ def make_trainer(workload, variant, strategy, batch):
             logs = model.train_function(batches)
         float(logs["loss"])  # Returns when the step is done.
 
-    with mock.patch.object(replicas, "BYTES_PER_PACK", variant.bytes_per_pack):
-        train(WARMUP_STEPS)  # Traces, which is when the number is read.
+    with mock.patch.dict(vars(replicas), variant.constants):
+        train(WARMUP_STEPS)  # Traces, which is when they are read.
     return Trainer(model, train)
 
 
@@ -243,22 +246,27 @@ def state_bytes(optimizer):
     )
 
 
-def peak_memory(workload, variant):
+def peak_memory(workload, variant, *, num_replicas=NUM_REPLICAS):
     """Returns the peak resident bytes of a process that trains one variant.
 
     Args:
-        workload: str, of `WORKLOADS`.
-        variant: str, of `VARIANTS`.
+        workload: `Workload`.
+        variant: `Variant`.
+        num_replicas: int.
     """
     # Linux hands the peak of the parent down to its children: to be called
     # before this process trains anything.
+    return alone(_trained_peak, workload, variant, num_replicas)
+
+
+def alone(function, *arguments, **options):
+    """Returns what a function returns in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_trained_peak, (workload, variant))
+        return pool.apply(function, arguments, options)
 
 
-def _trained_peak(workload, variant):
-    workload, variant = WORKLOADS[workload], VARIANTS[variant]
-    strategy = make_strategy()
+def _trained_peak(workload, variant, num_replicas):
+    strategy = make_strategy(num_replicas)
     batch = make_batch(workload, strategy)
     make_trainer(workload, variant, strategy, batch).train(MEMORY_STEPS)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -284,34 +292,52 @@ def table(times, models, memory):
         cells = [f"{name:18}"]
         for seconds, reference in zip(taken, times[BASELINE]):
             cells.append(f"{1000 * np.median(seconds):10.1f}")
-            cells.append(f"{_quartiles(seconds / reference):>24}")
+            cells.append(f"{quartiles(seconds / reference):>24}")
         peak = f"{memory[name] / 2**20:.0f}" if name in memory else "-"
         cells.append(f"{peak:>10}{state_bytes(models[name].optimizer):13,}")
         lines.append("".join(cells))
     return lines
 
 
-def _quartiles(ratios):
+def quartiles(ratios):
+    """Returns the median and, in parentheses, the quartiles, as a string."""
     low, median, high = np.percentile(ratios, [25, 50, 75])
     return f"{median:.3f} ({low:.3f}-{high:.3f})"
+
+
+def timed(workload, variants, strategy, *, rounds, steps):
+    """Returns the `Times` and the models of a dict of variants.
+
+    Args:
+        workload: `Workload`.
+        variants: dict of `Variant`.
+        strategy: what `make_strategy` returned.
+        rounds: see `interleaved`.
+        steps: see `interleaved`.
+    """
+    # Once: with each new seed TensorFlow forgets the functions it has prepared.
+    keras.utils.set_random_seed(0)
+    batch = make_batch(workload, strategy)
+    trainers = {
+        name: make_trainer(workload, variant, strategy, batch)
+        for name, variant in variants.items()
+    }
+    progress = keras.utils.Progbar(rounds, unit_name="round")
+    times = interleaved(
+        {name: trainer.train for name, trainer in trainers.items()},
+        rounds=rounds,
+        steps=steps,
+        on_round=functools.partial(progress.add, 1),
+    )
+    return times, {name: trainer.model for name, trainer in trainers.items()}
 
 
 def measure(name, strategy, *, memory, rounds, steps):
     """Times all variants of a workload and prints its table."""
     workload = WORKLOADS[name]
-    batch = make_batch(workload, strategy)
-    trainers = {
-        variant: make_trainer(workload, VARIANTS[variant], strategy, batch)
-        for variant in VARIANTS
-    }
-    progress = keras.utils.Progbar(rounds, unit_name="round")
-    times = interleaved(
-        {variant: trainer.train for variant, trainer in trainers.items()},
-        rounds=rounds,
-        steps=steps,
-        on_round=functools.partial(progress.add, 1),
+    times, models = timed(
+        workload, VARIANTS, strategy, rounds=rounds, steps=steps
     )
-    models = {variant: trainer.model for variant, trainer in trainers.items()}
     count = models[BASELINE].count_params() / 1e6
     print(
         f"\n{name}: {count:.1f}M parameters, {NUM_REPLICAS} replicas of "
@@ -340,7 +366,9 @@ def main(arguments):
     if MEMORY.value:
         for name, variant in itertools.product(MODELS.value, VARIANTS):
             print(f"memory of {name}, {variant}", flush=True)
-            memory[name][variant] = peak_memory(name, variant)
+            memory[name][variant] = peak_memory(
+                WORKLOADS[name], VARIANTS[variant]
+            )
     strategy = make_strategy()
     for name in MODELS.value:
         measure(

@@ -1,12 +1,16 @@
 """The benchmark's functions, on a model too small to say anything of speed."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
 
-from benchmarks import step_time
+import tf_adascale
+from benchmarks import adasum_time, step_time
+from tf_adascale import replicas
 
 
 def _connect(x):
@@ -50,6 +54,26 @@ def test_each_variant_takes_the_steps_that_are_timed(name, strategy_of):
     trainer.train(2)
     iterations = int(tf.convert_to_tensor(trainer.model.optimizer.iterations))
     assert iterations == step_time.WARMUP_STEPS + 2
+
+
+def test_constants_hold_while_a_step_is_traced(strategy_of):
+    seen = []
+
+    class Seeing(tf_adascale.Model):
+        def train_step(self, data):
+            seen.append(constants())
+            return super().train_step(data)
+
+    def constants():
+        return replicas.BYTES_PER_PACK, replicas.BYTES_PER_GATHER
+
+    before = constants()
+    strategy = strategy_of(1)
+    variant = step_time.Variant(Seeing, step_time.sgd, {"BYTES_PER_GATHER": 7})
+    batch = step_time.make_batch(TOY, strategy)
+    step_time.make_trainer(TOY, variant, strategy, batch)
+    assert set(seen) == {(before[0], 7)}
+    assert constants() == before
 
 
 def test_the_batch_is_the_same_every_time_and_differs_by_replica(strategy_of):
@@ -104,3 +128,59 @@ def test_state_counts_every_variable():
     optimizer.build([keras.Variable(np.zeros((2, 3), "float32"))])
     # Iterations 8, learning rate 4, momentum 6 x 4 bytes.
     assert step_time.state_bytes(optimizer) == 36
+
+
+class TestAdasum:
+    def test_nearly_all_of_the_model_is_one_variable(self):
+        inputs = keras.Input(adasum_time.WORKLOAD.input_shape)
+        model = keras.Model(inputs, adasum_time.WORKLOAD.connect(inputs))
+        assert model.count_params() == 3200 * 3200 + 3200 + 3200 * 10 + 10
+
+    def test_variants_combine_what_they_say(self):
+        for combine in ("updates", "gradients"):
+            optimizer = adasum_time.VARIANTS[combine].optimizer()
+            assert isinstance(optimizer, tf_adascale.Adasum)
+            assert optimizer.combine == combine
+        sizes = [v.constants for v in adasum_time.GATHERS.values()]
+        assert {"BYTES_PER_GATHER": replicas.BYTES_PER_GATHER} not in sizes
+        assert {"BYTES_PER_GATHER": 2**20} in sizes
+
+    @pytest.mark.parametrize(
+        ("name", "ratio"),
+        # Of three replicas each gathers 3 - 1 times the model and all-reduces
+        # 2 (3 - 1) / 3 of it. Inner products and the like are small beside it.
+        [("sgd", 4 / 3), ("updates", 2 + 4 / 3), ("gradients", 2 + 4 / 3)],
+    )
+    def test_received_counts_what_is_gathered_and_reduced(
+        self, name, ratio, strategy_of
+    ):
+        strategy = strategy_of(3)
+        workload = step_time.Workload(_connect, (1000,), 4)
+        batch = step_time.make_batch(workload, strategy)
+        trainer = step_time.make_trainer(
+            workload, adasum_time.VARIANTS[name], strategy, batch
+        )
+        received = adasum_time.received(trainer.model, strategy, batch)
+        model = 4 * (1000 * 10 + 10)
+        assert 0.9999 * ratio < received / model < 1.05 * ratio
+
+    def test_table(self):
+        found = adasum_time.Measured(
+            times={
+                "sgd": step_time.Times(np.array([1.0, 2.0]), np.ones(2)),
+                "updates": step_time.Times(np.array([2.0, 3.0]), np.ones(2)),
+            },
+            received={"sgd": 175.0, "updates": 875.0},
+            model=100,
+        )
+        lines = adasum_time.table(found, {"updates": 2400}, 8)
+        # Per replica: 2400 / 8 bytes are three models.
+        assert lines[1].split()[-2:] == ["1.75", "-"]
+        assert lines[2].split()[-2:] == ["8.75", "3.00"]
+        assert lines[2].split()[1:3] == ["2500.0", "1.750"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_peak_is_no_less_than_what_is_resident(self):
+        resident, peak = map(adasum_time._status, ("VmRSS", "VmHWM"))
+        # TensorFlow alone takes more than 100 MiB.
+        assert 100 * 2**20 < resident <= peak

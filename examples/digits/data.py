@@ -52,7 +52,9 @@ def splits(*, validation=False):
     return _halves(train, VALIDATION_SIZE) if validation else (train, test)
 
 
-def train_dataset(batch_size, *, seed, start=0, share=streams.Share()):
+def train_dataset(
+    batch_size, *, seed, start=0, share=streams.Share(), validation=False
+):
     """Returns endless shuffled batches of the training split.
 
     Every image is shifted by at most one pixel each way.
@@ -62,11 +64,12 @@ def train_dataset(batch_size, *, seed, start=0, share=streams.Share()):
         seed: int, of order and shifts.
         start: int >= 0, number of examples to leave out.
         share: `streams.Share`, the part of each batch to return.
+        validation: bool, see `splits`.
 
     Returns:
         `tf.data.Dataset` of (images, labels), see `Split`.
     """
-    train, _ = splits()
+    train, _ = splits(validation=validation)
     size = len(train.labels)
     images = _shifted(train.images)
     shifts = len(images) // size
@@ -86,9 +89,14 @@ def train_dataset(batch_size, *, seed, start=0, share=streams.Share()):
     )
 
 
-def test_dataset(batch_size):
-    """Returns the test split, in order, in batches of at most `batch_size`."""
-    _, test = splits()
+def test_dataset(batch_size, *, validation=False):  # noqa: PT028 (no test)
+    """Returns the test split, in order, in batches of at most `batch_size`.
+
+    Args:
+        batch_size: int >= 1.
+        validation: bool, see `splits`.
+    """
+    _, test = splits(validation=validation)
     return tf.data.Dataset.from_tensor_slices(tuple(test)).batch(batch_size)
 
 

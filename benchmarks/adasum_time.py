@@ -1,0 +1,230 @@
+"""Times Adasum's training step over plain summing.
+
+SGD with momentum, whose gradients are summed over the replicas, against Adasum
+around it, under 2, 4 and 8 logical CPU devices, for a model of which nearly all
+is one variable. One process for each number of replicas; in it the variants
+take turns as in `benchmarks.step_time`. README.md says what a run printed.
+
+Peak memory is that of a process for each variant. What it has over that of
+plain summing is given in copies of the model per replica. In these processes
+large tensors return to the system at once, so that what an allocator keeps does
+not count.
+
+What a replica receives is counted while a step is traced: of what N gather, the
+N - 1 parts of the others, and 2 (N - 1) / N of what they all-reduce in a ring.
+"""
+
+import os
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+from keras import layers
+
+import tf_adascale
+from benchmarks import step_time
+
+# What makes a process return large tensors to the system at once: oneDNN has an
+# allocator that does not, and glibc keeps what is under this size.
+NOTHING_KEPT = {
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(2**16),
+}
+
+BASELINE = step_time.BASELINE
+MEBIBYTE = 2**20
+
+
+class Measured(NamedTuple):
+    """What was found of some variants under one number of replicas.
+
+    Attributes:
+        times: dict of `step_time.Times`.
+        received: dict of float, bytes that a replica receives per step.
+        model: int, bytes of the weights.
+    """
+
+    times: dict[str, step_time.Times]
+    received: dict[str, float]
+    model: int
+
+
+def wide(x):
+    """Connects 3200-3200-10: 10.3 million parameters, 41 MB."""
+    x = layers.Dense(3200, activation="relu")(x)
+    return layers.Dense(step_time.NUM_CLASSES)(x)
+
+
+WORKLOAD = step_time.Workload(wide, (3200,), 32)
+
+
+def updates():
+    """Returns Adasum of the updates of SGD with momentum."""
+    return tf_adascale.Adasum(step_time.sgd())
+
+
+def gradients():
+    """Returns Adasum of the gradients, for SGD with momentum."""
+    return tf_adascale.Adasum(step_time.sgd(), combine="gradients")
+
+
+VARIANTS = {
+    BASELINE: step_time.VARIANTS[BASELINE],
+    "sgd_again": step_time.VARIANTS["sgd_again"],
+    "updates": step_time.Variant(tf_adascale.Model, updates),
+    "gradients": step_time.Variant(tf_adascale.Model, gradients),
+}
+# Other sizes of what is gathered at a time than `replicas.BYTES_PER_GATHER`.
+GATHERS = {
+    f"updates, {size} MiB": step_time.Variant(
+        tf_adascale.Model, updates, {"BYTES_PER_GATHER": size * MEBIBYTE}
+    )
+    for size in (1, 16)
+}
+
+
+# Measurements.
+
+
+def transient_memory(workload, variant, num_replicas):
+    """Returns the bytes that are resident at the peak of a step only.
+
+    Of Linux. To be called in a process of its own, see `alone`.
+    """
+    strategy = step_time.make_strategy(num_replicas)
+    batch = step_time.make_batch(workload, strategy)
+    trainer = step_time.make_trainer(workload, variant, strategy, batch)
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # The peak begins anew.
+    trainer.train(1)
+    return _status("VmHWM") - before
+
+
+def _status(name):
+    """Returns bytes that Linux tells of this process."""
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return 1024 * int(fields[name].split()[0])
+
+
+def measured(workload, variants, num_replicas, *, rounds, steps):
+    """Returns `Measured`. Call it before anything else touches TensorFlow."""
+    logging.set_verbosity(logging.ERROR)  # TensorFlow tells of each all-reduce.
+    strategy = step_time.make_strategy(num_replicas)
+    times, models = step_time.timed(
+        workload, variants, strategy, rounds=rounds, steps=steps
+    )
+    batch = step_time.make_batch(workload, strategy)
+    return Measured(
+        times,
+        {
+            name: received(model, strategy, batch)
+            for name, model in models.items()
+        },
+        4 * models[BASELINE].count_params(),
+    )
+
+
+def received(model, strategy, batch):
+    """Returns the bytes that a replica receives in one step of a model."""
+    count = strategy.num_replicas_in_sync
+    total = 0.0
+
+    def counting(method, parts):
+        def call(context, *arguments, **options):
+            nonlocal total
+            for value in tf.nest.flatten(arguments[-1]):
+                size = value.shape.num_elements() * value.dtype.size
+                total += parts * size / count  # All replicas come by here.
+            return method(context, *arguments, **options)
+
+        return call
+
+    context = tf.distribute.ReplicaContext
+    others = count - 1
+    with mock.patch.multiple(
+        context,
+        all_gather=counting(context.all_gather, others),
+        all_reduce=counting(context.all_reduce, 2 * others / count),
+    ):
+        tf.function(
+            lambda: strategy.run(model.train_step, (batch,)), autograph=False
+        ).get_concrete_function()
+    return total
+
+
+# The report.
+
+
+def table(found, memory, num_replicas):
+    """Returns the lines of a table.
+
+    Args:
+        found: `Measured`.
+        memory: dict of transient bytes of all replicas, possibly empty.
+        num_replicas: int.
+    """
+    lines = [
+        f"{'':18}{'clock ms':>10}{'over sgd':>24}{'CPU ms':>10}"
+        f"{'over sgd':>24}{'received':>10}{'transient':>10}"
+    ]
+    for name, taken in found.times.items():
+        cells = [f"{name:18}"]
+        for seconds, reference in zip(taken, found.times[BASELINE]):
+            cells.append(f"{1000 * np.median(seconds):10.1f}")
+            cells.append(f"{step_time.quartiles(seconds / reference):>24}")
+        cells.append(f"{found.received[name] / found.model:10.2f}")
+        if name in memory:
+            copies = memory[name] / num_replicas / found.model
+            cells.append(f"{copies:10.2f}")
+        else:
+            cells.append(f"{'-':>10}")
+        lines.append("".join(cells))
+    return lines
+
+
+flags.set_default(step_time.BLOCKS, 10)
+flags.set_default(step_time.STEPS, 1)
+REPLICAS = flags.DEFINE_multi_integer(
+    "num_replicas",
+    [2, 4, 8],
+    "How many there are; repeatable. The last has all variants.",
+)
+
+
+def main(arguments):
+    """Measures and prints."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"Unknown arguments: {arguments[1:]}")
+    for num_replicas in REPLICAS.value:
+        variants = VARIANTS
+        if num_replicas == REPLICAS.value[-1]:
+            variants = {**VARIANTS, **GATHERS}
+        memory = {}
+        for name, variant in variants.items():
+            if step_time.MEMORY.value and name != "sgd_again":
+                with mock.patch.dict(os.environ, NOTHING_KEPT):
+                    memory[name] = step_time.alone(
+                        transient_memory, WORKLOAD, variant, num_replicas
+                    )
+        found = step_time.alone(
+            measured,
+            WORKLOAD,
+            variants,
+            num_replicas,
+            rounds=step_time.BLOCKS.value,
+            steps=step_time.STEPS.value,
+        )
+        print(
+            f"\n{found.model / 1e6:.0f} MB of weights, {num_replicas} replicas "
+            f"of {WORKLOAD.batch} examples, {step_time.BLOCKS.value} rounds of "
+            f"{step_time.STEPS.value} steps"
+        )
+        print("\n".join(table(found, memory, num_replicas)), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
