@@ -198,6 +198,7 @@ class TestFlags:
             microbatches=4,
             total_steps=100,
             iterations=30,
+            smoothing=0.5,
             strategy="tpu",
             tpu="local",
             seed=3,

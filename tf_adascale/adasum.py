@@ -84,9 +84,9 @@ def combined(inputs):
 
     Example:
 
-    >>> rows = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    >>> rows = [[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]
     >>> combined([tf.constant(row) for row in rows]).numpy().tolist()
-    [1.0, 1.0]
+    [2.0, 5.0]
 
     Reference: Maleki et al. 2020.
     """
