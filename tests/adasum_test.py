@@ -395,6 +395,14 @@ class TestRefused:
         ):
             adasum.coefficients(tf.ones((2, 2), dtype))
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
+    def test_rows_of_other_types(self, dtype):
+        with pytest.raises(
+            ValueError,
+            match=rf"Expected float32 or float64\. Received: rows of .*{dtype}",
+        ):
+            adasum.combined_rows(tf.ones((2, 2), dtype))
+
     @pytest.mark.parametrize("shape", [(None, None), (3, None), None], ids=str)
     def test_products_between_unknown_numbers(self, shape):
         function = tf.function(

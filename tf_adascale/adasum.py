@@ -112,6 +112,9 @@ def combined_rows(rows):
     Returns:
         Tensor of shape `(..., d)`.
 
+    Raises:
+        ValueError: if the rows are of another type.
+
     Example:
 
     >>> combined_rows(tf.constant([[1.0, 0.0], [3.0, 0.0]])).numpy().tolist()
@@ -119,6 +122,11 @@ def combined_rows(rows):
 
     Reference: Maleki et al. 2020.
     """
+    if rows.dtype not in _LEAST_NORM:
+        raise ValueError(
+            "Rows of this type are not combined. Expected float32 or float64. "
+            f"Received: rows of {rows.dtype}"
+        )
     # With lengths |a|, |b| and the cosine between, of which no square vanishes
     # or overflows: (a - |b| cos/2 a/|a|) + (b - |a| cos/2 b/|b|).
     count, dtype = int(rows.shape[-2]), rows.dtype
@@ -169,7 +177,7 @@ def coefficients(inner_products):
         Tensor of shape `(..., n)`, c.
 
     Raises:
-        ValueError: if the matrices are not square.
+        ValueError: if the matrices are not square, or of another type.
 
     Example:
 
