@@ -25,6 +25,7 @@ from keras import layers
 
 import tf_adascale
 from benchmarks import step_time
+from examples import runs
 
 # What makes a process return large tensors to the system at once: oneDNN has an
 # allocator that does not, and glibc keeps what is under this size.
@@ -91,7 +92,7 @@ GATHERS = {
 def transient_memory(workload, variant, num_replicas):
     """Returns the bytes that are resident at the peak of a step only.
 
-    Of Linux. To be called in a process of its own, see `alone`.
+    Of Linux. To be called in a process of its own, see `runs.alone`.
     """
     strategy = step_time.make_strategy(num_replicas)
     batch = step_time.make_batch(workload, strategy)
@@ -207,10 +208,10 @@ def main(arguments):
         for name, variant in variants.items():
             if step_time.MEMORY.value and name != "sgd_again":
                 with mock.patch.dict(os.environ, NOTHING_KEPT):
-                    memory[name] = step_time.alone(
+                    memory[name] = runs.alone(
                         transient_memory, WORKLOAD, variant, num_replicas
                     )
-        found = step_time.alone(
+        found = runs.alone(
             measured,
             WORKLOAD,
             variants,

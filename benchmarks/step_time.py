@@ -17,7 +17,6 @@ Peak memory is measured before, in a process for each variant.
 
 import functools
 import itertools
-import multiprocessing
 import resource
 import sys
 import time
@@ -32,6 +31,7 @@ from absl import app, flags, logging
 from keras import layers
 
 import tf_adascale
+from examples import runs
 from tf_adascale import replicas
 
 NUM_REPLICAS = 2
@@ -256,13 +256,7 @@ def peak_memory(workload, variant, *, num_replicas=NUM_REPLICAS):
     """
     # Linux hands the peak of the parent down to its children: to be called
     # before this process trains anything.
-    return alone(_trained_peak, workload, variant, num_replicas)
-
-
-def alone(function, *arguments, **options):
-    """Returns what a function returns in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments, options)
+    return runs.alone(_trained_peak, workload, variant, num_replicas)
 
 
 def _trained_peak(workload, variant, num_replicas):

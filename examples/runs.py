@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -80,6 +81,32 @@ def read(model_dir):
         if not name.startswith("val_")  # Without validation there are none.
     }
     return Run(result, log)
+
+
+def rows(out):
+    """Returns the rows of a directory's results.csv, a list of dict of str."""
+    path = os.path.join(out, "results.csv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(out, row):
+    """Adds a row, a `NamedTuple`, to a directory's results.csv."""
+    path = os.path.join(out, "results.csv")
+    is_new = not os.path.exists(path)
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(row._fields)
+        writer.writerow(row)
+
+
+def alone(function, *arguments, **options):
+    """Returns what a function returns in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments, options)
 
 
 def table(results):

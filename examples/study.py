@@ -13,7 +13,6 @@ Time:     see examples/README.md; given again, it goes on where it was stopped
 """
 
 import argparse
-import csv
 import os
 import time
 from typing import NamedTuple
@@ -142,30 +141,26 @@ def study(name, *, seed, out, algorithms=None):
                 "" if result["mean_gain"] is None else result["mean_gain"],
                 seconds,
             )
-            _append(out, done[key])
+            runs.append(out, done[key])
         yield done[key]
 
 
 def read(out):
     """Returns the list of `Row` in a directory's results.csv."""
-    path = os.path.join(out, "results.csv")
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return [
-            Row(
-                benchmark=row["benchmark"],
-                algorithm=row["algorithm"],
-                scale=int(row["scale"]),
-                seed=int(row["seed"]),
-                iterations=int(row["iterations"]),
-                metric=row["metric"],
-                value=float(row["value"]),
-                mean_gain=row["mean_gain"] and float(row["mean_gain"]),
-                seconds=float(row["seconds"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    return [
+        Row(
+            benchmark=row["benchmark"],
+            algorithm=row["algorithm"],
+            scale=int(row["scale"]),
+            seed=int(row["seed"]),
+            iterations=int(row["iterations"]),
+            metric=row["metric"],
+            value=float(row["value"]),
+            mean_gain=row["mean_gain"] and float(row["mean_gain"]),
+            seconds=float(row["seconds"]),
+        )
+        for row in runs.rows(out)
+    ]
 
 
 def table(rows):
@@ -302,16 +297,6 @@ def _title(name, algorithm):
     if algorithm == "identity":
         return BENCHMARKS[name].optimizer
     return runs.TITLES[algorithm]
-
-
-def _append(out, row):
-    path = os.path.join(out, "results.csv")
-    is_new = not os.path.exists(path)
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(Row._fields)
-        writer.writerow(row)
 
 
 def _percent(row):

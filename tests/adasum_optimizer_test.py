@@ -539,7 +539,7 @@ def test_loss_scale_changes_nothing_else(combine, strategy_of):
     runs = [
         Run(
             strategy_of(2),
-            lambda: Adasum(make(), combine=combine),  # noqa: B023
+            lambda make=make: Adasum(make(), combine=combine),
         )
         for make in (
             lambda: SGD(0.05, **settings),

@@ -9,7 +9,7 @@ import pytest
 from keras import layers
 
 import tf_adascale
-from examples import strategies
+from examples import runs, strategies
 from examples.digits import adasum_study, data, model
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,7 +33,7 @@ def trained(monkeypatch):
         asked.append((key, options))
         return made_up(*key, **options)
 
-    monkeypatch.setattr(adasum_study, "alone", train)
+    monkeypatch.setattr(runs, "alone", train)
     return asked
 
 
@@ -74,7 +74,7 @@ class TestStudy:
         assert all(options["tune"] for _, options in trained)
 
     def test_alone_is_another_process(self):
-        assert adasum_study.alone(os.getpid) != os.getpid()
+        assert runs.alone(os.getpid) != os.getpid()
 
 
 class TestTrained:

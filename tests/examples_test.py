@@ -146,6 +146,14 @@ class TestPlan:
         assert plan.callbacks(plan.phases[0])[-1].total_steps == 100
         assert float(plan.optimizer.learning_rate) == pytest.approx(0.1)
 
+    def test_smoothing_is_adascales(self, tmp_path, monkeypatch):
+        def adascale(optimizer, *, smoothing):
+            raise RuntimeError(f"smoothing={smoothing}")
+
+        monkeypatch.setattr(algorithms.tf_adascale, "AdaScale", adascale)
+        with pytest.raises(RuntimeError, match=r"smoothing=0\.5"):
+            run(tmp_path, algorithm="adascale", smoothing=0.5)
+
     def test_adamscale_is_adascale_for_adaptive_optimizers(self):
         optimizer = algorithms.plan(
             "adamscale",

@@ -313,6 +313,18 @@ def test_sparse_gradient_is_the_dense_one():
     np.testing.assert_allclose(*gains, rtol=1e-6)
 
 
+def test_variables_without_a_gradient_are_left_out():
+    optimizer = adamscale(CASES["Adam"][0])
+    weights = [keras.Variable([0.0]), keras.Variable([0.0])]
+    gradient = tf.constant([3.0])
+    # Ones before it is warm.
+    assert float(optimizer.sample_sqnorm([None, gradient], weights)) == 9
+    with pytest.raises(
+        ValueError, match=r"no gradient .*Expected .*Received: "
+    ):
+        optimizer.sample_sqnorm([None, None], weights)
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
 def test_in_fit(count, jit_compile, strategy_of):

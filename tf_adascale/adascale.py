@@ -197,27 +197,28 @@ class AdaScale(wrapper.Wrapper):
         """
         if self.preconditioned and not self.built:
             self.build(variables)
-        present = [p for p in zip(gradients, variables) if p[0] is not None]
-        return _squared_norm(self._divided(*zip(*present)))
+        return _squared_norm(_divided(gradients, self._divisors(variables)))
 
     def plan(self, variables, gradients, sample_sqnorm, loss_scale):
         """Returns the step: the mean gradients, at the rate of this gain."""
+        divisors = self._divisors(variables)
         # Sums over the replicas, each of which divided by their number.
         sqnorms = []
         if self.wants_sample_sqnorms:
             if sample_sqnorm is None:
-                sample_sqnorm = self.sample_sqnorm(gradients, variables)
+                sample_sqnorm = _squared_norm(_divided(gradients, divisors))
             sqnorms = [tf.cast(sample_sqnorm, tf.float32)]
         reduced = replicas.total(sqnorms + gradients)
         sqnorms, gradients = reduced[: len(sqnorms)], reduced[len(sqnorms) :]
         if self.num_replicas > 1:
             gradients = [_without_repeats(g) for g in gradients]
-        sqnorm_of_mean = self.sample_sqnorm(gradients, variables)
+        sqnorm_of_mean = _squared_norm(_divided(gradients, divisors))
         averages, memory = self._averages(), []
         if self.estimator == "differenced":
             averages, memory = self._differenced(
                 variables,
                 [loss_scale_lib.divided(g, loss_scale) for g in gradients],
+                divisors,
             )
         elif sqnorms:
             # N^2 / (N k): the norm undivided, and the mean of n = N k of them.
@@ -262,23 +263,21 @@ class AdaScale(wrapper.Wrapper):
             "scale_ema": self.scale_ema,
         }
 
-    def _divided(self, gradients, variables):
-        """Returns the gradients in the units that the gain is taken in."""
+    def _divisors(self, variables):
+        """Returns what makes the units that the gain is taken in, or None."""
         if not self.preconditioned:
-            return gradients
+            return None
         return [
-            preconditioner.divided(
-                gradient, preconditioner.divisors(self._stepping, place)
-            )
-            for gradient, place in zip(gradients, self.places(variables))
+            preconditioner.divisors(self._stepping, place)
+            for place in self.places(variables)
         ]
 
-    def _differenced(self, variables, gradients):
+    def _differenced(self, variables, gradients, divisors):
         """Returns the averages, and assignments of what to remember."""
         slots = [self._previous_gradients[i] for i in self.places(variables)]
         previous = [_read(slot) for slot in slots]
         present = [tf.convert_to_tensor(g) for g in gradients]
-        now, then = (self._divided(gs, variables) for gs in (present, previous))
+        now, then = (_divided(gs, divisors) for gs in (present, previous))
         moments = gain_lib.differenced_moments(
             _squared_norm([tf.subtract(g, p) for g, p in zip(now, then)]),
             tf.cast(norms.dot(now, then), tf.float32),
@@ -367,6 +366,16 @@ def _read(variable):
 
 def _squared_norm(gradients):
     return tf.cast(norms.squared_norm(gradients), tf.float32)
+
+
+def _divided(gradients, divisors):
+    """Returns the gradients, of which some may be None, in other units."""
+    if divisors is None:
+        return gradients
+    return [
+        None if gradient is None else preconditioner.divided(gradient, divisor)
+        for gradient, divisor in zip(gradients, divisors)
+    ]
 
 
 def _without_repeats(gradient):

@@ -24,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_adascale import loss_scale, norms, replicas, stepping
+from tf_adascale import loss_scale, replicas, stepping
 
 
 class Step(NamedTuple):
@@ -106,7 +106,7 @@ class Wrapper(keras.optimizers.Optimizer):
 
     @property
     def effective_learning_rate(self):
-        """Scalar: the rate that the next step would take."""
+        """Scalar: the learning rate at the present progress."""
         raise NotImplementedError
 
     # How a replica's samples become one: by their mean and the sum of their
@@ -124,8 +124,7 @@ class Wrapper(keras.optimizers.Optimizer):
             gradients: list of tensors, `tf.IndexedSlices` or None.
             variables: list of their variables.
         """
-        del variables
-        return norms.squared_norm(gradients)
+        raise NotImplementedError
 
     @property
     def merge_samples(self):

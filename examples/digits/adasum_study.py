@@ -15,10 +15,8 @@ Time:     half an hour per seed; given again, it goes on where it was stopped
 """
 
 import argparse
-import csv
 import functools
 import itertools
-import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -144,15 +142,9 @@ def study(keys, *, out, tune=False):
             name = "{}-{}-x{:g}-seed{}".format(*key)
             options = {"model_dir": os.path.join(out, name), "tune": tune}
             # Two strategies' collectives would meet in one process.
-            done[key] = alone(trained, *key, **options)
-            _append(out, done[key])
+            done[key] = runs.alone(trained, *key, **options)
+            runs.append(out, done[key])
         yield done[key]
-
-
-def alone(function, *arguments, **options):
-    """Returns what a function returns in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments, options)
 
 
 def trained(
@@ -201,21 +193,17 @@ def trained(
 
 def read(out):
     """Returns the list of `Row` in a directory's results.csv."""
-    path = os.path.join(out, "results.csv")
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return [
-            Row(
-                optimizer=row["optimizer"],
-                method=row["method"],
-                multiplier=float(row["multiplier"]),
-                seed=int(row["seed"]),
-                accuracy=float(row["accuracy"]),
-                loss=float(row["loss"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    return [
+        Row(
+            optimizer=row["optimizer"],
+            method=row["method"],
+            multiplier=float(row["multiplier"]),
+            seed=int(row["seed"]),
+            accuracy=float(row["accuracy"]),
+            loss=float(row["loss"]),
+        )
+        for row in runs.rows(out)
+    ]
 
 
 def table(rows):
@@ -342,16 +330,6 @@ def _means(rows, optimizer, method):
 
 def _shown(accuracy):
     return max(100 * accuracy, FLOOR)
-
-
-def _append(out, row):
-    path = os.path.join(out, "results.csv")
-    is_new = not os.path.exists(path)
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(Row._fields)
-        writer.writerow(row)
 
 
 if __name__ == "__main__":
