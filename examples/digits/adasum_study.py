@@ -11,7 +11,7 @@ Paper:    Maleki et al., "Scaling Distributed Training with Adaptive Summation",
 Command:  python -m examples.digits.adasum_study --out=out/adasum_study
           python -m examples.digits.adasum_study --tune --out=out/adasum_tune
 Hardware: 2 CPU cores
-Time:     half an hour per seed; given again, it goes on where it was stopped
+Time:     20 minutes per seed; given again, it goes on where it was stopped
 """
 
 import argparse
