@@ -81,3 +81,38 @@ def smoothed_loss(run, base_batches):
         recent = loss[max(0, end - window) : end]
         means.append(sum(recent) / len(recent))
     return means
+
+
+def elastic(plain, results):
+    """Returns a page on runs whose scale changed: loss, gain and scale.
+
+    Args:
+        plain: `runs.Run` at S = 1.
+        results: dict from a column's title to a sequence of `runs.Run`, the
+            first by AdaScale.
+    """
+    empty, panels = page(2, len(results), size=(11, 7))
+    for (title, (adascale, *others)), (losses, gains) in zip(
+        results.items(), panels.T
+    ):
+        largest = int(max(adascale.log["scale"]))
+        tau = adascale.log["scale_invariant_step"]
+        # Any other step counts as many base steps as it has base batches.
+        for run in (plain, *others):
+            loss = smoothed_loss(run, largest)
+            draw(losses, run, run.log["base_batches"], loss)
+        draw(losses, adascale, tau, smoothed_loss(adascale, largest))
+        losses.set(
+            title=f"Training loss, {title}",
+            xlabel="steps at the base batch (AdaScale: τ)",
+            yscale="log",
+        )
+        label(losses, [plain, *others, adascale], x=0.62, y=0.6)
+        draw(gains, adascale, tau, adascale.log["gain"])
+        draw(gains, adascale, tau, adascale.log["scale"], linestyle=":")
+        gains.set(
+            title="Gain (line) and scale (dots)",
+            xlabel="scale-invariant step τ",
+            ylim=(0, 1.1 * largest),
+        )
+    return empty

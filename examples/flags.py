@@ -69,7 +69,14 @@ flags.DEFINE_enum(
     _DEFAULTS.strategy,
     strategies.STRATEGIES,
     "One device; all GPUs of this machine, or logical CPU devices; the workers "
-    "named in the environment variable TF_CONFIG; a TPU.",
+    "of a cluster; a TPU.",
+)
+flags.DEFINE_enum(
+    "cluster",
+    _DEFAULTS.cluster,
+    strategies.CLUSTERS,
+    "Who names the workers of --strategy=multiworker: the environment variable "
+    "TF_CONFIG, or Slurm. Default: tf_config.",
 )
 flags.DEFINE_string(
     "tpu", _DEFAULTS.tpu, "Name or address of the TPU, for --strategy=tpu."

@@ -1,80 +1,73 @@
 """How far a run came: counted, saved, and restored."""
 
-import os
+import sys
 
-import keras
 import tensorflow as tf
 
+from tf_adascale import callbacks
 
-class Progress(keras.callbacks.Callback):
+
+class Progress(callbacks.Checkpoint):
     """Counts the steps of a run, ends it in time, and survives its process.
 
     Restores the last checkpoint when it is made, saves one after each epoch.
 
     Args:
+        directory: str, of the checkpoints.
         model: built and compiled `tf_adascale.Model`.
-        plan: `Plan`.
-        settings: `Settings`, complete.
+        phases: tuple of `elastic.Phase`.
         interval: int, number of steps per epoch: those of a row of the log.
-        save: bool, whether this process is the one that saves.
 
     Attributes:
         interval: int, as given.
     """
 
-    def __init__(self, model, plan, settings, interval, *, save):
-        super().__init__()
+    def __init__(self, directory, *, model, phases, interval):
         self.interval = interval
-        self._phases = plan.phases
-        self._counts = {
+        self._phases = phases
+        self._places = {
             name: tf.Variable(0, dtype=tf.int64, trainable=False)
-            for name in ("step", "base_batches", "epoch", "phase")
+            for name in ("base_batches", "phase")
         }
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(
-                model=model,
-                # Of a subclassed model, TensorFlow does not see the layers that
-                # it holds in lists.
-                variables=[variable.value for variable in model.variables],
-                **self._counts,
-            ),
-            os.path.join(settings.model_dir, "checkpoint"),
-            max_to_keep=1,
+        self._scales = tf.Variable("", trainable=False)
+        self._phase_ended = False
+        super().__init__(
+            directory, model=model, scales=self._scales, **self._places
         )
-        self._save = save
-        self._manager.restore_or_initialize()
-
-    @property
-    def step(self):
-        """Int, number of steps taken."""
-        return self._read("step")
 
     @property
     def base_batches(self):
         """Int, number of base batches trained on: S per step."""
-        return self._read("base_batches")
+        return int(self._places["base_batches"].numpy())
 
     @property
-    def epoch(self):
-        """Int, number of epochs finished."""
-        return self._read("epoch")
+    def scales(self):
+        """Tuple of int, the scales trained at, one after another."""
+        return tuple(map(int, self._scales.numpy().split()))
 
     @property
     def finished(self):
         """Bool, whether training came to its end."""
-        return self._read("phase") == len(self._phases)
+        return self._phase == len(self._phases)
 
     @property
     def phase(self):
         """`elastic.Phase` that training is in."""
-        return self._phases[self._read("phase")]
+        return self._phases[self._phase]
+
+    @property
+    def _phase(self):
+        return int(self._places["phase"].numpy())
 
     def on_train_batch_end(self, batch, logs=None):
         """Counts what was executed, and ends the phase with its last step."""
+        # What ends the phase before its last iteration is listed before this.
+        ended = self.model.stop_training
+        super().on_train_batch_end(batch, logs)
         steps = self.model.steps_per_execution
-        self._counts["step"].assign_add(steps)
-        self._counts["base_batches"].assign_add(steps * self.phase.scale)
-        if self.step >= self.phase.last_iteration:
+        self._places["base_batches"].assign_add(steps * self.phase.scale)
+        self._phase_ended = ended or self.step >= self.phase.last_iteration
+        if self._phase_ended:
             self.model.stop_training = True
 
     def add(self, epoch, logs):
@@ -87,11 +80,31 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves a checkpoint."""
-        self._counts["epoch"].assign_add(1)
-        if self.model.stop_training:
-            self._counts["phase"].assign_add(1)
-        if self._save:
-            self._manager.save()
+        if self.phase.scale not in self.scales[-1:]:
+            scales = *self.scales, self.phase.scale
+            self._scales.assign(" ".join(map(str, scales)))
+        if self._phase_ended:
+            self._places["phase"].assign_add(1)
+        super().on_epoch_end(epoch, logs)
 
-    def _read(self, name):
-        return int(self._counts[name].numpy())
+
+class Forgiving:
+    """Mixed into a callback that writes: where it cannot, training goes on.
+
+    What it would have written is lost unless it is still in its buffer.
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes, or reports that it cannot."""
+        self._try("on_epoch_end", epoch, logs)
+
+    def on_train_end(self, logs=None):
+        """Closes the file, or reports that it cannot."""
+        self._try("on_train_end", logs)
+
+    def _try(self, method, *arguments):
+        try:
+            getattr(super(), method)(*arguments)
+        except (tf.errors.OpError, OSError) as error:
+            name = type(self).__name__
+            print(f"{name} could not write: {error}", file=sys.stderr)

@@ -7,8 +7,14 @@ keeps everything in a model directory:
     run.json        what was asked for: another run is refused here
     log.csv         loss, metrics, learning rate, gain: about 100 rows a run
     tensorboard/    the same for TensorBoard
-    checkpoint/     what to go on from, saved with every row
+    checkpoint/     what to go on from, saved with every row: the last two
     result.json     the `Result`, once there is one
+
+Of several workers only the chief writes it, and prints; all of them read it.
+
+A process exits with 0 once there is a result, and with `STOPPED`, 75, if it was
+stopped: by SIGTERM, after one more checkpoint, or because another worker was
+lost. The same command then goes on, and by AdaScale at another scale too.
 
 "Epoch" in Keras's progress bar and in the log is the stretch between two rows;
 column `step` tells the iteration that it ended with, `base_batches` the number
@@ -16,6 +22,8 @@ of base batches seen till then.
 """
 
 import csv
+import functools
+import io
 import json
 import math
 import os
@@ -28,8 +36,9 @@ import keras
 import tensorflow as tf
 
 from examples import algorithms, elastic, strategies, streams
-from examples.progress import Progress
+from examples.progress import Forgiving, Progress
 
+STOPPED = Progress.EXIT_CODE
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 LOG_ROWS = 100
 SMOKE_STEPS = 4
@@ -87,6 +96,7 @@ class Settings(NamedTuple):
     iterations: int | None = None
     smoothing: float | None = None
     strategy: str = "default"
+    cluster: str | None = None
     tpu: str | None = None
     seed: int = 0
     model_dir: str | None = None
@@ -101,7 +111,8 @@ class Result(NamedTuple):
 
     Attributes:
         algorithm: str.
-        scale: int, S; or the str that says how it changed.
+        scale: int, S; or the str that says how it changed: as given by
+            `Settings.elastic`, or by processes one after another, as in "4-8".
         iterations: int, steps taken.
         examples: int, training examples seen: S * B per step.
         metric: str, name of the metric that counts.
@@ -131,10 +142,30 @@ def run(task, settings):
     Raises:
         ValueError: if the settings contradict each other or the devices, or the
             model directory holds another run.
+        SystemExit: with the code `STOPPED`, if it was stopped before its end.
     """
     check(settings)
+    try:
+        return _run(task, settings)
+    except tf.errors.UnavailableError as error:
+        if settings.strategy != "multiworker":
+            raise
+        print(f"{task.name}: {error.message}", file=sys.stderr, flush=True)
+        print(
+            f"{task.name}: stopped, for another worker was lost. The same "
+            "command, given to all workers, goes on.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(STOPPED)
+
+
+def _run(task, settings):
     strategy = strategies.make(
-        settings.strategy, replicas=settings.replicas, tpu=settings.tpu
+        settings.strategy,
+        replicas=settings.replicas,
+        tpu=settings.tpu,
+        cluster=settings.cluster or strategies.CLUSTERS[0],
     )
     scales = _scales(settings, strategy.num_replicas_in_sync)
     settings = _completed(settings, task, scales)
@@ -150,6 +181,7 @@ def run(task, settings):
             smoothing=settings.smoothing,
         )
     interval = _steps_per_row(plan, settings)
+    say = functools.partial(print, flush=True) if chief else lambda _: None
     _claim(settings, task, interval, write=chief)
     keras.config.set_dtype_policy(settings.mixed_precision)
     keras.utils.set_random_seed(settings.seed)
@@ -157,23 +189,30 @@ def run(task, settings):
         model = task.model()
         _compile(model, plan, plan.phases[0], task, settings)
         model.optimizer.build(model.trainable_variables)
-        progress = Progress(model, plan, settings, interval, save=chief)
+    progress = Progress(
+        _path(settings, "checkpoint"),
+        model=model,
+        phases=plan.phases,
+        interval=interval,
+    )
     # Made before training: data that are not there are told of now.
     test_dataset = _test_dataset(task, settings, strategy)
-    print(
+    say(
         f"{task.name}: {settings.algorithm} at S = {_scale_text(settings)}, "
         f"base batch {task.base_batch}, step {progress.step} of "
-        f"{plan.iterations} at most, in {settings.model_dir}",
-        flush=True,
+        f"{plan.iterations} at most, in {settings.model_dir}"
     )
+    compiled_for = None
     while not progress.finished:
-        with strategy.scope():
-            _compile(model, plan, progress.phase, task, settings)
+        if progress.phase != compiled_for:
+            compiled_for = progress.phase
+            with strategy.scope():
+                _compile(model, plan, compiled_for, task, settings)
         _fit(model, plan, progress, task, settings, write=chief)
     result = _result(model, test_dataset, progress, task, settings)
     if chief:
         _write_json(_path(settings, "result.json"), result._asdict())
-    print(f"{task.name}: {result}", flush=True)
+    say(f"{task.name}: {result}")
     return result
 
 
@@ -197,6 +236,12 @@ def check(settings):
             'A TPU was named that would not be used. Expected strategy="tpu" '
             f"with it. Received: tpu={settings.tpu!r}, "
             f"strategy={settings.strategy!r}"
+        )
+    if settings.cluster is not None and settings.strategy != "multiworker":
+        raise ValueError(
+            "A cluster was named that would not be used. Expected "
+            'strategy="multiworker" with it. Received: '
+            f"cluster={settings.cluster!r}, strategy={settings.strategy!r}"
         )
     if None not in (settings.replicas, settings.scale, settings.microbatches):
         strategies.split_scale(
@@ -255,25 +300,26 @@ def _compile(model, plan, phase, task, settings):
 
 
 def _fit(model, plan, progress, task, settings, *, write):
-    """Trains from where `progress` stands to the end of its phase."""
+    """Trains from where `progress` stands to the end of its phase.
+
+    Or of its row of the log, where training was stopped amid one.
+    """
     loggers = []
     if write:
         log = _path(settings, "log.csv")
         _drop_rows(log, first_epoch=progress.epoch)
         loggers = [
-            keras.callbacks.CSVLogger(log, append=True),
-            keras.callbacks.TensorBoard(
-                _path(settings, "tensorboard"), write_graph=False
-            ),
+            _CSVLogger(log, append=True),
+            _TensorBoard(_path(settings, "tensorboard"), write_graph=False),
         ]
     phase = progress.phase
-    steps_left = phase.last_iteration - progress.step
+    steps, rows = _rows_left(progress, settings)
     try:
         model.fit(
             _distributed(task, progress, settings, model),
             initial_epoch=progress.epoch,
-            epochs=progress.epoch + math.ceil(steps_left / progress.interval),
-            steps_per_epoch=progress.interval,
+            epochs=progress.epoch + rows,
+            steps_per_epoch=steps,
             callbacks=[
                 *plan.callbacks(phase),
                 keras.callbacks.LambdaCallback(on_epoch_end=progress.add),
@@ -281,12 +327,37 @@ def _fit(model, plan, progress, task, settings, *, write):
                 progress,
             ],
             shuffle=False,  # The data set is.
-            verbose=1 if sys.stdout.isatty() else 2,
+            verbose=_verbosity(write),
         )
     except KeyboardInterrupt:
         for logger in loggers:
             logger.on_train_end()  # Closes its file.
         sys.exit(f"\nStopped. The same command goes on: {settings.model_dir}")
+
+
+def _rows_left(progress, settings):
+    """Returns the steps of a row of the log, and the number of such rows."""
+    since_row = progress.step % progress.interval
+    if not since_row:
+        steps_left = progress.phase.last_iteration - progress.step
+        return progress.interval, math.ceil(steps_left / progress.interval)
+    executions = (progress.interval - since_row) / settings.steps_per_execution
+    return math.ceil(executions) * settings.steps_per_execution, 1
+
+
+def _verbosity(chief):
+    """Returns what Keras calls `verbose`: a bar, a line per row, or nothing."""
+    if not chief:
+        return 0
+    return 1 if sys.stdout.isatty() else 2
+
+
+class _CSVLogger(Forgiving, keras.callbacks.CSVLogger):
+    pass
+
+
+class _TensorBoard(Forgiving, keras.callbacks.TensorBoard):
+    pass
 
 
 def _distributed(task, progress, settings, model):
@@ -327,9 +398,11 @@ def _result(model, dataset, progress, task, settings):
     mean_gain = None
     if settings.algorithm in algorithms.ADAPTIVE_ALGORITHMS:
         mean_gain = float(model.optimizer.scale_invariant_step) / progress.step
+    scales = progress.scales
     return Result(
         algorithm=settings.algorithm,
-        scale=settings.elastic or settings.scale,
+        scale=settings.elastic
+        or (scales[0] if len(scales) == 1 else "-".join(map(str, scales))),
         iterations=progress.step,
         examples=progress.base_batches * task.base_batch,
         metric=task.metric,
@@ -395,15 +468,27 @@ def _claim(settings, task, interval, *, write):
     if os.path.exists(path):
         with open(path) as file:
             found = json.load(file)
-        if found != wanted:
+        changed = {
+            name for name in wanted if found.get(name) != wanted[name]
+        } - _free_to_change(settings)
+        if changed:
             raise ValueError(
                 "The model directory holds another run. Expected the flags of "
                 f"that run, {found}, to go on with it, or another model_dir. "
                 f"Received: {wanted}, model_dir={settings.model_dir!r}"
             )
-    elif write:
+    if write:
         os.makedirs(settings.model_dir, exist_ok=True)
         _write_json(path, wanted)
+
+
+def _free_to_change(settings):
+    """Returns what of a run may be another when it goes on."""
+    # AdaScale: averages and progress are in base batches, at any scale.
+    adaptive = settings.algorithm in algorithms.ADAPTIVE_ALGORITHMS
+    if adaptive and not settings.elastic:
+        return {"scale", "steps_per_row"}
+    return set()
 
 
 def _drop_rows(log, *, first_epoch):
@@ -412,11 +497,15 @@ def _drop_rows(log, *, first_epoch):
         return
     with open(log, newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    with open(log, "w", newline="") as file:
-        csv.writer(file).writerows(
-            [header] * bool(header)
-            + [row for row in rows if int(row[0]) < first_epoch]
-        )
+    kept = [
+        row
+        for row in rows
+        # The last one may have been cut off.
+        if len(row) == len(header) and int(row[0]) < first_epoch
+    ]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *kept] if kept else [])
+    _write(log, text.getvalue())
 
 
 def _path(settings, name):
@@ -424,6 +513,11 @@ def _path(settings, name):
 
 
 def _write_json(path, values):
-    with open(path, "w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
+    _write(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write(path, text):
+    """Writes a file, whole or not at all."""
+    with open(f"{path}.new", "w", newline="") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)

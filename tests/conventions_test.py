@@ -46,6 +46,7 @@ LAYERS = {
     "schedules": 4,
     "wrapper": 3,
     "stepping": 2,
+    "checkpoints": 0,
     "loss_scale": 1,
     "preconditioner": 1,
     "replicas": 1,

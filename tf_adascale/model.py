@@ -21,6 +21,8 @@ The only module that knows what Keras models do not document. Checked on Keras
     _keras_mask              the mask of a tensor; compiled metrics look for it
 """
 
+import contextlib
+
 import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
@@ -135,6 +137,34 @@ class Model(keras.Model):
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
         super().load_weights(filepath, **kwargs)
+
+    def fit(self, *args, **kwargs):
+        """Trains as `keras.Model.fit` does.
+
+        Raises:
+            tf.errors.UnavailableError: if another worker is lost.
+        """
+        with self._lost_worker_explained():
+            return super().fit(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluates as `keras.Model.evaluate` does.
+
+        Raises:
+            tf.errors.UnavailableError: if another worker is lost.
+        """
+        with self._lost_worker_explained():
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _lost_worker_explained(self):
+        try:
+            yield
+        except tf.errors.OpError as error:
+            lost = replicas.lost_worker_error(self.distribute_strategy, error)
+            if lost is None:
+                raise
+            raise lost from error
 
     # One step of one replica.
 

@@ -6,8 +6,23 @@ cross-replica context under MirroredStrategy, replica context under strategies
 that have no `merge_call`. `update` works in both.
 """
 
+import os
+import threading
+
 import keras
 import tensorflow as tf
+
+# The processes of a cluster that train.
+_WORKER_JOBS = ("chief", "worker")
+
+# What their collectives raise when one of them is gone.
+_LOST = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
+_COLLECTIVE = "Collective ops"
 
 # Large enough to fill a network, small enough that few values are copied.
 BYTES_PER_PACK = 2**20
@@ -238,6 +253,131 @@ def run(strategy, function, *values):
     2.0
     """
     return strategy.run(function, args=values)
+
+
+def num_workers(strategy):
+    """Returns how many processes train together under a strategy.
+
+    Example:
+
+    >>> num_workers(strategy())
+    1
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 1
+    cluster = strategy.cluster_resolver.cluster_spec().as_dict()
+    return max(1, sum(len(cluster.get(job, ())) for job in _WORKER_JOBS))
+
+
+def is_chief(strategy):
+    """Returns whether this process is the one of its workers that saves.
+
+    Example:
+
+    >>> is_chief(strategy())
+    True
+    """
+    return strategy.extended.should_checkpoint
+
+
+def agree(strategy, number):
+    """Returns whether all workers have the same number.
+
+    If they have not, it is false on one of them at least. To be called in
+    cross-replica context.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        number: int.
+
+    Example:
+
+    >>> agree(strategy(), 3)
+    True
+    """
+    if num_workers(strategy) == 1:
+        return True
+    number = tf.constant(number, tf.int64)
+    values = tf.function(strategy.run)(lambda: tf.identity(number))
+    sum_of_all = strategy.reduce("SUM", values, axis=None)
+    return bool(sum_of_all == number * strategy.num_replicas_in_sync)
+
+
+def only_all_workers_can_read(strategy, variable):
+    """Returns whether reading a variable takes a collective of all workers.
+
+    Example:
+
+    >>> only_all_workers_can_read(strategy(), tf.Variable(1.0))
+    False
+    """
+    return (
+        num_workers(strategy) > 1
+        and variable.synchronization == tf.VariableSynchronization.ON_READ
+        and variable.aggregation != tf.VariableAggregation.ONLY_FIRST_REPLICA
+    )
+
+
+def preemption_check(strategy, is_asked):
+    """Returns a function that tells whether all workers stop now.
+
+    To be called by all workers, after every step. One worker that is asked to
+    stop is enough, and all stop after the same step, a few steps later.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        is_asked: callable, () to whether this worker is asked to stop.
+
+    Example:
+
+    >>> check = preemption_check(strategy(), lambda: True)
+    >>> check()
+    True
+    """
+    if num_workers(strategy) == 1:
+        return is_asked
+    agreed = threading.Event()
+    # TensorFlow's handler finds the step, in the cluster's coordination
+    # service. It would also restore and save: it is given nothing to.
+    handler = tf.distribute.experimental.PreemptionCheckpointHandler(
+        strategy.cluster_resolver,
+        tf.train.CheckpointManager(
+            tf.train.Checkpoint(), os.devnull, max_to_keep=1
+        ),
+        termination_config=tf.distribute.experimental.TerminationConfig(
+            termination_watcher_fn=is_asked,
+            save_fn=lambda: None,
+            exit_fn=agreed.set,
+            grace_period=0,
+        ),
+    )
+
+    def check():
+        handler.save_checkpoint_if_preempted()
+        return agreed.is_set()
+
+    return check
+
+
+def lost_worker_error(strategy, error):
+    """Returns what to raise for an error if it comes of a lost worker, or None.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        error: `tf.errors.OpError`.
+    """
+    workers = num_workers(strategy)
+    if workers == 1 or not isinstance(error, _LOST):
+        return None
+    # What comes before it are the places in the program.
+    reason = error.message[max(0, error.message.find(_COLLECTIVE)) :]
+    return tf.errors.UnavailableError(
+        None,
+        None,
+        "Another worker was lost. Expected all workers of the cluster to train "
+        "until the end; start all of them again, and training goes on from the "
+        f"last checkpoint. Received: workers={workers}, error={reason}",
+    )
 
 
 def _buckets(values, size):

@@ -21,45 +21,6 @@ ELASTIC = {
 }
 
 
-def picture(results, path):
-    """Draws training loss and gain by steps at the base batch; saves a PNG.
-
-    Args:
-        results: dict from "plain" and from each pair of a key of `ELASTIC` and
-            an algorithm to a `runs.Run`.
-        path: string, of the file.
-    """
-    page, panels = figures.page(2, len(ELASTIC), size=(11, 7))
-    plain = results["plain"]
-    for (direction, scales), (losses, gains) in zip(ELASTIC.items(), panels.T):
-        largest = max(int(pair.split(":")[1]) for pair in scales.split(","))
-        adascale = results[direction, "adascale"]
-        lsw = results[direction, "lsw"]
-        tau = adascale.log["scale_invariant_step"]
-        # A step of SGD and LSW counts as many base steps as base batches.
-        for run, progress in (
-            (plain, plain.log["base_batches"]),
-            (lsw, lsw.log["base_batches"]),
-            (adascale, tau),
-        ):
-            loss = figures.smoothed_loss(run, largest)
-            figures.draw(losses, run, progress, loss)
-        losses.set(
-            title=f"Training loss, scale going {direction}",
-            xlabel="steps at the base batch (AdaScale: τ)",
-            yscale="log",
-        )
-        figures.label(losses, [plain, lsw, adascale], x=0.62, y=0.6)
-        figures.draw(gains, adascale, tau, adascale.log["gain"])
-        figures.draw(gains, adascale, tau, adascale.log["scale"], linestyle=":")
-        gains.set(
-            title="Gain (line) and scale (dots)",
-            xlabel="scale-invariant step τ",
-            ylim=(0, 1.1 * largest),
-        )
-    page.savefig(path, dpi=110)
-
-
 def main(arguments=None):
     """Trains, prints the table and draws the picture; returns the runs."""
     parser = argparse.ArgumentParser(
@@ -88,7 +49,17 @@ def main(arguments=None):
                 f"--elastic={scales}",
             )
     path = os.path.join(options.out, "elastic.png")
-    picture(results, path)
+    page = figures.elastic(
+        results["plain"],
+        {
+            f"scale going {direction}": (
+                results[direction, "adascale"],
+                results[direction, "lsw"],
+            )
+            for direction in ELASTIC
+        },
+    )
+    page.savefig(path, dpi=110)
     print(f"\n{runs.table(list(results.values()))}\n\n{path}")
     return results
 

@@ -1,0 +1,177 @@
+"""A run's checkpoints: the last two, of which one is whole.
+
+TensorFlow writes a checkpoint's index last, so that a process killed while it
+writes leaves none; and every block has a checksum, so that what was damaged
+afterwards is noticed when it is read.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import warnings
+
+import tensorflow as tf
+
+KEEP = 2
+
+_INDEX = re.compile(r"ckpt-(\d+)\.index")
+# And what a process killed, or stopped by a full disk, leaves of one.
+_ANY_FILE = re.compile(
+    r"(ckpt-\d+)(_temp|(\.index|\.data-\d+-of-\d+)(\.tempstate\d+)?)"
+)
+_SIGNATURE = "signature/.ATTRIBUTES/py_state"
+
+# TensorFlow tells of a file that is too short by an IndexError.
+_UNREADABLE = (tf.errors.OpError, IndexError)
+_UNWRITABLE = (tf.errors.OpError, OSError)
+
+
+class Checkpoints:
+    """Saves variables to a directory, and restores the newest whole checkpoint.
+
+    Args:
+        directory: string.
+        kind: string, what the variables belong to: a checkpoint of another kind
+            is refused.
+        **variables: `tf.Variable`s or lists of them.
+
+    Example:
+
+    >>> import tempfile
+    >>> directory, variable = tempfile.mkdtemp(), tf.Variable(1.0)
+    >>> Checkpoints(directory, kind="", variable=variable).save()
+    >>> restored = tf.Variable(0.0)
+    >>> path = Checkpoints(directory, kind="", variable=restored).restore()
+    >>> float(restored)
+    1.0
+    """
+
+    def __init__(self, directory, *, kind, **variables):
+        self.directory = directory
+        self._signature = _Signature(kind, variables)
+        self._checkpoint = tf.train.Checkpoint(
+            signature=self._signature, **variables
+        )
+        self._damaged = set()
+
+    def restore(self):
+        """Restores the newest checkpoint that can be read.
+
+        Those that cannot be are named in a RuntimeWarning.
+
+        Returns:
+            String, its path without a suffix; None if there are none.
+
+        Raises:
+            ValueError: if there are checkpoints but none can be read, or they
+                are of other variables. None has changed then.
+        """
+        paths = self._paths()
+        for path in paths:
+            try:
+                self._check_signature(path)
+                self._checkpoint.read(path).assert_existing_objects_matched()
+                return path
+            except _UNREADABLE as error:
+                self._damaged.add(path)
+                warnings.warn(
+                    f"The checkpoint {path} cannot be read and is passed over: "
+                    f"{error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        if paths:
+            raise ValueError(
+                "No checkpoint can be read. Expected at least one that is "
+                "whole; move them away to begin anew. Received: "
+                f"directory={self.directory!r} with {paths}"
+            )
+        return None
+
+    def save(self):
+        """Saves a checkpoint, then removes all but the last two.
+
+        Where it cannot be saved, because the disk is full, a RuntimeWarning
+        says so, and the last two stay.
+        """
+        paths = self._paths()
+        number = max(map(_number, paths), default=0) + 1
+        path = os.path.join(self.directory, f"ckpt-{number}")
+        kept = [path for path in paths if path not in self._damaged]
+        try:
+            self._checkpoint.write(path)
+            kept = [path, *kept][:KEEP]
+        except _UNWRITABLE as error:
+            warnings.warn(
+                f"The checkpoint {path} could not be saved, the one before it "
+                f"stays the last: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        # Files that stay do no harm but take up room.
+        with contextlib.suppress(*_UNWRITABLE):
+            self._remove_all_but(kept)
+
+    def _paths(self):
+        """Returns the paths of complete checkpoints, from new to old."""
+        if not tf.io.gfile.isdir(self.directory):
+            return []
+        indices = [
+            os.path.join(self.directory, name)
+            for name in tf.io.gfile.listdir(self.directory)
+            if _INDEX.fullmatch(name)
+        ]
+        paths = [index.removesuffix(".index") for index in indices]
+        return sorted(paths, key=_number, reverse=True)
+
+    def _check_signature(self, path):
+        reader = tf.train.load_checkpoint(path)
+        found = []
+        if reader.has_tensor(_SIGNATURE):
+            found = reader.get_tensor(_SIGNATURE).decode().split("\n")
+        for mine, theirs in itertools.zip_longest(self._signature.lines, found):
+            if mine != theirs:
+                raise ValueError(
+                    "The checkpoint is of another model or optimizer. Expected "
+                    f"{mine}; another directory begins anew. Received: "
+                    f"path={path!r} with {theirs}"
+                )
+
+    def _remove_all_but(self, paths):
+        """Removes other checkpoints, and what is left of unfinished ones."""
+        kept = {os.path.basename(path) for path in paths}
+        for name in tf.io.gfile.listdir(self.directory):
+            found = _ANY_FILE.fullmatch(name.rstrip("/"))
+            if not found or found[1] in kept:
+                continue
+            path = os.path.join(self.directory, found[0])
+            if tf.io.gfile.isdir(path):
+                tf.io.gfile.rmtree(path)
+            else:
+                tf.io.gfile.remove(path)
+
+
+class _Signature(tf.train.experimental.PythonState):
+    """What a checkpoint must have in common with the variables it is for.
+
+    TensorFlow would restore what matches, and ignore the rest.
+    """
+
+    def __init__(self, kind, variables):
+        self.lines = [kind]
+        for name, group in variables.items():
+            self.lines += [
+                f"{name}: {variable.dtype.name}, shape {variable.shape}"
+                for variable in tf.nest.flatten(group)
+            ]
+
+    def serialize(self):
+        return "\n".join(self.lines)
+
+    def deserialize(self, string_value):
+        pass
+
+
+def _number(path):
+    return int(path.rpartition("-")[2])
