@@ -58,6 +58,7 @@ setup(
             "pycocotools>=2.0.11",
             "pytest>=8.2",
             "pytest-xdist",
+            "pyyaml",
             "tensorboard",
         ],
         "dev": ["pyright[nodejs]", "ruff"],

@@ -75,8 +75,8 @@ flags.DEFINE_enum(
     "cluster",
     _DEFAULTS.cluster,
     strategies.CLUSTERS,
-    "Who names the workers of --strategy=multiworker: the environment variable "
-    "TF_CONFIG, or Slurm. Default: tf_config.",
+    "Who names the workers of --strategy=multiworker: TF_CONFIG, as the "
+    "launcher and Kubernetes set it, or Slurm. Default: tf_config.",
 )
 flags.DEFINE_string(
     "tpu", _DEFAULTS.tpu, "Name or address of the TPU, for --strategy=tpu."

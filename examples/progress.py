@@ -94,17 +94,26 @@ class Forgiving:
     What it would have written is lost unless it is still in its buffer.
     """
 
+    def on_train_begin(self, logs=None):
+        """Opens its file, or reports that it cannot."""
+        self._is_open = self._try("on_train_begin", logs)
+
     def on_epoch_end(self, epoch, logs=None):
         """Writes, or reports that it cannot."""
-        self._try("on_epoch_end", epoch, logs)
+        if self._is_open:
+            self._try("on_epoch_end", epoch, logs)
 
     def on_train_end(self, logs=None):
-        """Closes the file, or reports that it cannot."""
-        self._try("on_train_end", logs)
+        """Closes its file, or reports that it cannot."""
+        if self._is_open:
+            self._try("on_train_end", logs)
 
     def _try(self, method, *arguments):
+        """Returns whether the callback could do what it does there."""
         try:
             getattr(super(), method)(*arguments)
         except (tf.errors.OpError, OSError) as error:
             name = type(self).__name__
             print(f"{name} could not write: {error}", file=sys.stderr)
+            return False
+        return True

@@ -202,6 +202,8 @@ def _run(task, settings):
         f"base batch {task.base_batch}, step {progress.step} of "
         f"{plan.iterations} at most, in {settings.model_dir}"
     )
+    if chief:
+        _drop_rows(_path(settings, "log.csv"), first_epoch=progress.epoch)
     compiled_for = None
     while not progress.finished:
         if progress.phase != compiled_for:
@@ -306,10 +308,8 @@ def _fit(model, plan, progress, task, settings, *, write):
     """
     loggers = []
     if write:
-        log = _path(settings, "log.csv")
-        _drop_rows(log, first_epoch=progress.epoch)
         loggers = [
-            _CSVLogger(log, append=True),
+            _CSVLogger(_path(settings, "log.csv"), append=True),
             _TensorBoard(_path(settings, "tensorboard"), write_graph=False),
         ]
     phase = progress.phase

@@ -183,7 +183,6 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, directory, *, model, **variables):
         super().__init__()
-        variables.update(_saved_variables(model))
         self.directory = os.fspath(directory)
         self._strategy = model.distribute_strategy
         self._counts = {
@@ -192,9 +191,9 @@ class Checkpoint(keras.callbacks.Callback):
         }
         self._checkpoints = checkpoints.Checkpoints(
             self.directory,
-            kind=_class_names(model.optimizer),
-            **variables,
+            **_saved(model),
             **self._counts,
+            **variables,
         )
         self._checkpoints.restore()
         if not replicas.agree(self._strategy, self.step):
@@ -262,9 +261,9 @@ class Checkpoint(keras.callbacks.Callback):
             self._previous_handler = None
 
 
-def _saved_variables(model):
-    """Returns a model's variables and its optimizer's, to be saved."""
-    optimizer = model.optimizer
+def _saved(model):
+    """Returns what a checkpoint has of a model: arguments of `Checkpoints`."""
+    optimizer = getattr(model, "optimizer", None)
     if not model.built or not getattr(optimizer, "built", False):
         raise ValueError(
             "There is nothing to restore yet. Expected a model that is built "
@@ -284,7 +283,7 @@ def _saved_variables(model):
                 "synchronization other than ON_READ, or the aggregation "
                 f"ONLY_FIRST_REPLICA. Received: variable={variable!r}"
             )
-    return saved
+    return {"kind": _class_names(optimizer), **saved}
 
 
 def _class_names(optimizer):

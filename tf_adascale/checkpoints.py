@@ -103,15 +103,14 @@ class Checkpoints:
             self._checkpoint.write(path)
             kept = [path, *kept][:KEEP]
         except _UNWRITABLE as error:
+            self._damaged.add(path)
             warnings.warn(
                 f"The checkpoint {path} could not be saved, the one before it "
                 f"stays the last: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # Files that stay do no harm but take up room.
-        with contextlib.suppress(*_UNWRITABLE):
-            self._remove_all_but(kept)
+        self._remove_all_but(kept)
 
     def _paths(self):
         """Returns the paths of complete checkpoints, from new to old."""
@@ -130,7 +129,10 @@ class Checkpoints:
         found = []
         if reader.has_tensor(_SIGNATURE):
             found = reader.get_tensor(_SIGNATURE).decode().split("\n")
-        for mine, theirs in itertools.zip_longest(self._signature.lines, found):
+        pairs = itertools.zip_longest(
+            self._signature.lines, found, fillvalue="no such variable"
+        )
+        for mine, theirs in pairs:
             if mine != theirs:
                 raise ValueError(
                     "The checkpoint is of another model or optimizer. Expected "
@@ -141,15 +143,20 @@ class Checkpoints:
     def _remove_all_but(self, paths):
         """Removes other checkpoints, and what is left of unfinished ones."""
         kept = {os.path.basename(path) for path in paths}
-        for name in tf.io.gfile.listdir(self.directory):
+        names = []
+        with contextlib.suppress(*_UNWRITABLE):
+            names = tf.io.gfile.listdir(self.directory)
+        for name in names:
             found = _ANY_FILE.fullmatch(name.rstrip("/"))
             if not found or found[1] in kept:
                 continue
             path = os.path.join(self.directory, found[0])
-            if tf.io.gfile.isdir(path):
-                tf.io.gfile.rmtree(path)
-            else:
-                tf.io.gfile.remove(path)
+            # A file that stays takes up room, and does no other harm.
+            with contextlib.suppress(*_UNWRITABLE):
+                if tf.io.gfile.isdir(path):
+                    tf.io.gfile.rmtree(path)
+                else:
+                    tf.io.gfile.remove(path)
 
 
 class _Signature(tf.train.experimental.PythonState):

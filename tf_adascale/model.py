@@ -139,29 +139,33 @@ class Model(keras.Model):
         super().load_weights(filepath, **kwargs)
 
     def fit(self, *args, **kwargs):
-        """Trains as `keras.Model.fit` does.
+        """Trains as `keras.Model.fit` does; of several workers the chief shows.
 
         Raises:
             tf.errors.UnavailableError: if another worker is lost.
         """
-        with self._lost_worker_explained():
+        with self._among_workers(args, kwargs, place_of_verbose=4):
             return super().fit(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
-        """Evaluates as `keras.Model.evaluate` does.
-
-        Raises:
-            tf.errors.UnavailableError: if another worker is lost.
-        """
-        with self._lost_worker_explained():
+        """Evaluates as `keras.Model.evaluate` does; see `fit`."""
+        with self._among_workers(args, kwargs, place_of_verbose=3):
             return super().evaluate(*args, **kwargs)
 
+    def predict(self, *args, **kwargs):
+        """Predicts as `keras.Model.predict` does; see `fit`."""
+        with self._among_workers(args, kwargs, place_of_verbose=2):
+            return super().predict(*args, **kwargs)
+
     @contextlib.contextmanager
-    def _lost_worker_explained(self):
+    def _among_workers(self, args, kwargs, *, place_of_verbose):
+        strategy = self.distribute_strategy
+        if not replicas.is_chief(strategy) and len(args) <= place_of_verbose:
+            kwargs.setdefault("verbose", 0)
         try:
             yield
         except tf.errors.OpError as error:
-            lost = replicas.lost_worker_error(self.distribute_strategy, error)
+            lost = replicas.lost_worker_error(strategy, error)
             if lost is None:
                 raise
             raise lost from error
