@@ -16,8 +16,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo study test test-versions test-oldest test-newest lint \
-	types format bench clean distclean
+.PHONY: help demo study test test-versions test-oldest test-newest test-tpu \
+	lint types format bench soak clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' \
@@ -29,6 +29,7 @@ demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (out/demo)
 study: $(VENV)/installed-demo  ## Train the five miniatures by the paper's algorithms (out/study)
 	$(BIN)/python -m examples.study
 	$(BIN)/python -m examples.imagenet.elastic_demo
+	$(BIN)/python -m examples.digits.elastic_demo
 
 test: $(VENV)/installed-test  ## Run all tests
 	$(BIN)/python $(PYTEST) $(PYTEST_FLAGS)
@@ -37,6 +38,10 @@ test-versions: test-oldest test-newest  ## Run them on the oldest and the newest
 
 test-oldest test-newest: test-%: out/versions/%/installed
 	out/versions/$*/bin/python $(PYTEST) $(PYTEST_FLAGS)
+
+test-tpu: out/tpu/installed  ## Compile train steps for TPUs, without a TPU
+	out/tpu/bin/python $(PYTEST) --dist loadfile $(PYTEST_FLAGS) \
+		$(wildcard tests/tpu/*_test.py)
 
 lint: $(VENV)/installed-dev  ## Check style and format
 	$(BIN)/ruff check $(SOURCES)
@@ -52,6 +57,9 @@ format: $(VENV)/installed-dev  ## Rewrite the sources in the common format
 bench: $(VENV)/installed-demo  ## Time a step of AdaScale, and of Adasum, against plain SGD
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.adasum_time
+
+soak: $(VENV)/installed-demo  ## Train 20,000 steps on two workers: time, memory, progress
+	$(BIN)/python -m benchmarks.soak
 
 clean:  ## Remove outputs and caches
 	rm -rf out dist *.egg-info .hypothesis .pytest_cache .ruff_cache
@@ -82,4 +90,11 @@ out/versions/%/installed: setup.py tf_adascale/version.py Makefile
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) --editable ".[cpu,examples,test]" \
 		$(VERSIONS)
+	touch $@
+
+# The versions that export StableHLO, and whose programs this compiler takes.
+out/tpu/installed: setup.py tf_adascale/version.py Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) --editable ".[cpu,test,test-tpu]" \
+		tensorflow-cpu==2.21.0 keras==3.15.1
 	touch $@

@@ -61,6 +61,9 @@ setup(
             "pyyaml",
             "tensorboard",
         ],
+        # XLA's compiler for TPUs, and what loads it: tests/tpu/compiler.py uses
+        # what JAX does not document, so both are exact.
+        "test-tpu": ["jax==0.10.2", "libtpu==0.0.51"],
         "dev": ["pyright[nodejs]", "ruff"],
     },
     classifiers=[

@@ -7,11 +7,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.tpu import (
-    device_assignment,
-    topology,
-    tpu_system_metadata,
-)
 
 import tf_adascale
 from tf_adascale import Adasum, adasum, replicas
@@ -960,83 +955,6 @@ def test_memory_is_bounded(combine, strategy_of, monkeypatch):
     # Nor is anything made of all replicas' whole values.
     sizes = [x.shape.num_elements() or 0 for x in outputs_of(graph)]
     assert max(sizes) == 500
-
-
-@pytest.fixture(scope="module")
-def tpu_strategy():
-    """A TPUStrategy of 8 cores that are not there: it only traces."""
-    cores = 8
-    mesh = topology.Topology(
-        mesh_shape=[2, 4, 1, 1],
-        device_coordinates=np.array(
-            [[[x, y, 0, 0] for y in range(4) for x in range(2)]], np.int32
-        ),
-    )
-    device = collections.namedtuple("Device", "name device_type")
-    kinds = [("CPU", 1), ("TPU", cores), ("TPU_SYSTEM", 1)]
-    metadata = tpu_system_metadata.TPUSystemMetadata(
-        num_cores=cores,
-        num_hosts=1,
-        num_of_cores_per_host=cores,
-        topology=mesh,
-        devices=[
-            device(f"/job:localhost/replica:0/task:0/device:{kind}:{i}", kind)
-            for kind, count in kinds
-            for i in range(count)
-        ],
-    )
-
-    class Resolver(tf.distribute.cluster_resolver.TPUClusterResolver):
-        tpu_hardware_feature = None
-        environment = ""
-
-        def __init__(self):
-            self._tpu = "local"
-            self.task_type, self.task_id = "localhost", 0
-
-        def get_tpu_system_metadata(self):
-            return metadata
-
-        def master(self, *args, **kwargs):
-            return ""
-
-        def cluster_spec(self):
-            return tf.train.ClusterSpec({})
-
-    return tf.distribute.TPUStrategy(
-        Resolver(),
-        experimental_device_assignment=(
-            device_assignment.DeviceAssignment.build(mesh, num_replicas=cores)
-        ),
-    )
-
-
-class TestTPU:
-    @pytest.mark.parametrize("group_size", [1, 2])
-    @pytest.mark.parametrize("combine", COMBINE)
-    def test_a_step_traces(self, combine, group_size, tpu_strategy):
-        strategy = tpu_strategy
-        with strategy.scope():
-            variables = weights(initial())
-            optimizer = Adasum(
-                INNER["adam"](), combine=combine, group_size=group_size
-            )
-            optimizer.build(variables)
-
-        @tf.function
-        def step(*gradients):
-            strategy.run(
-                lambda *local: optimizer.apply(local, variables),
-                args=gradients,
-            )
-
-        graph = step.get_concrete_function(
-            *(tf.TensorSpec(shape) for shape in SHAPES)
-        ).graph
-        types = {op.type for op in graph.get_operations()}
-        assert {"TPUReplicateMetadata", "CrossReplicaSum"} <= types
-        # TPUs emulate float64, if at all.
-        assert not [x for x in outputs_of(graph) if x.dtype == tf.float64]
 
 
 def test_module_agrees_with_the_oracle_of_this_file():

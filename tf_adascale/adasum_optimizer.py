@@ -42,7 +42,8 @@ class Adasum(wrapper.Wrapper):
     sample per step this is the inner optimizer to the bit.
 
     Each step receives N - 1 times the size of the model and all-reduces it
-    once, both in float32 or wider. A replica holds pieces of 4 MiB of all N at
+    once, both in float32 or wider. (Under TPUStrategy TensorFlow gathers by an
+    all-reduce of N times the size, which moves about twice as much.) A replica holds pieces of 4 MiB of all N at
     a time, their products with its own, and a copy of the model for the
     combination; for "updates" two more, of the weights before and after.
 

@@ -272,8 +272,8 @@ def _saved(model):
             f"model.built={model.built}, optimizer={optimizer!r}"
         )
     saved = {
-        "model": [variable.value for variable in model.variables],
-        "optimizer": [variable.value for variable in optimizer.variables],
+        "model": [v.value for v in model.variables],
+        "optimizer": [v.value for v in model.optimizer.variables],
     }
     for variable in saved["model"] + saved["optimizer"]:
         strategy = model.distribute_strategy

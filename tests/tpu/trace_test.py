@@ -1,0 +1,95 @@
+"""Training traces under a TPUStrategy of eight cores that are not there."""
+
+import collections
+
+import keras
+import programs
+import pytest
+import stub_strategy
+import tensorflow as tf
+
+from tf_adascale import Adasum
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    return stub_strategy.tpu_strategy()
+
+
+def graphs_of(graph):
+    """A graph and those of the functions that it calls."""
+    functions = getattr(graph, "_functions", {})
+    return [graph, *(function.graph for function in functions.values())]
+
+
+def operations(graph):
+    return [op for g in graphs_of(graph) for op in g.get_operations()]
+
+
+def train_function(strategy, make_optimizer, *, steps=1, microbatches=1):
+    """The graph of what `fit` calls, on a dataset given out to the cores."""
+    with strategy.scope():
+        model = programs.image_model(
+            make_optimizer(), microbatches=microbatches
+        )
+        model.steps_per_execution = steps
+    dataset = tf.data.Dataset.from_tensors(
+        tuple(tf.zeros(s.shape, s.dtype) for s in programs.image_batch())
+    )
+    dataset = dataset.unbatch().repeat()
+    dataset = dataset.batch(programs.BATCH * stub_strategy.CORES, True)
+    # To the host, for there is no device.
+    options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
+    iterator = iter(strategy.experimental_distribute_dataset(dataset, options))
+    train = model.make_train_function()
+    function = tf.function(lambda: train(iterator), autograph=False)
+    return function.get_concrete_function().graph
+
+
+def adasum(**kwargs):
+    return lambda: Adasum(keras.optimizers.Adam(), **kwargs)
+
+
+# Gradients of ten weights. AdaScale has a scalar more. Adasum has the weights;
+# the inner products of three; all cores' parts of three and, in one, of seven;
+# and whether all is finite, which for gradients the products tell.
+@pytest.mark.parametrize(
+    ("make_optimizer", "count", "steps", "microbatches"),
+    [
+        (programs.sgd, 10, 3, 4),
+        (programs.adascale, 11, 1, 1),
+        (programs.adascale, 11, 3, 4),
+        (adasum(), 14, 1, 4),
+        (adasum(), 14, 3, 1),
+        (adasum(group_size=4), 14, 1, 2),
+        (adasum(combine="gradients"), 13, 1, 1),
+        (adasum(combine="gradients", group_size=2), 13, 1, 1),
+    ],
+)
+def test_fit(make_optimizer, count, steps, microbatches, strategy):
+    graph = train_function(
+        strategy, make_optimizer, steps=steps, microbatches=microbatches
+    )
+    found = operations(graph)
+    types = collections.Counter(op.type for op in found)
+    # A first step, and those of a loop.
+    runs = 1 if steps == 1 else 2
+    assert types["TPUReplicateMetadata"] == runs
+    assert types["CrossReplicaSum"] == runs * count
+    # TPUs emulate float64, if at all.
+    outputs = [tensor for op in found for tensor in op.outputs]
+    assert not [tensor for tensor in outputs if tensor.dtype == tf.float64]
+
+
+def test_own_loop(strategy):
+    with strategy.scope():
+        step, batch = programs.PROGRAMS["AdaScale, own loop"]()
+
+    @tf.function(autograph=False)
+    def run(*batch):
+        return strategy.run(step, args=batch)
+
+    graph = run.get_concrete_function(*batch).graph
+    types = collections.Counter(op.type for op in operations(graph))
+    # Three weights, one of them of an embedding, and the scalar.
+    assert types["CrossReplicaSum"] == 4
