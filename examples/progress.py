@@ -30,6 +30,7 @@ class Progress(callbacks.Checkpoint):
             for name in ("base_batches", "phase")
         }
         self._scales = tf.Variable("", trainable=False)
+        self._scale = phases[0].scale
         self._phase_ended = False
         super().__init__(
             directory, model=model, scales=self._scales, **self._places
@@ -61,12 +62,15 @@ class Progress(callbacks.Checkpoint):
 
     def on_train_batch_end(self, batch, logs=None):
         """Counts what was executed, and ends the phase with its last step."""
-        # What ends the phase before its last iteration is listed before this.
-        ended = self.model.stop_training
-        super().on_train_batch_end(batch, logs)
         steps = self.model.steps_per_execution
-        self._places["base_batches"].assign_add(steps * self.phase.scale)
-        self._phase_ended = ended or self.step >= self.phase.last_iteration
+        self._scale = self.phase.scale
+        self._places["base_batches"].assign_add(steps * self._scale)
+        # What ends the phase before its last iteration is listed before this.
+        self._phase_ended = (
+            self.model.stop_training
+            or self.step + steps >= self.phase.last_iteration
+        )
+        super().on_train_batch_end(batch, logs)
         if self._phase_ended:
             self.model.stop_training = True
 
@@ -75,17 +79,16 @@ class Progress(callbacks.Checkpoint):
         logs.update(
             step=self.step,
             base_batches=self.base_batches,
-            scale=self.phase.scale,
+            scale=self._scale,
         )
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Saves a checkpoint."""
-        if self.phase.scale not in self.scales[-1:]:
-            scales = *self.scales, self.phase.scale
+    def _end_epoch(self):
+        if self._scale not in self.scales[-1:]:
+            scales = *self.scales, self._scale
             self._scales.assign(" ".join(map(str, scales)))
         if self._phase_ended:
             self._places["phase"].assign_add(1)
-        super().on_epoch_end(epoch, logs)
+        super()._end_epoch()
 
 
 class Forgiving:
@@ -93,6 +96,8 @@ class Forgiving:
 
     What it would have written is lost unless it is still in its buffer.
     """
+
+    _is_open = False
 
     def on_train_begin(self, logs=None):
         """Opens its file, or reports that it cannot."""

@@ -1,6 +1,10 @@
-"""Callbacks: the step that training ends at, and what the logs show."""
+"""Callbacks: when training ends, what logs show, how a run survives."""
 
+import contextlib
 import csv
+import os
+import signal
+import threading
 
 import keras
 import numpy as np
@@ -9,7 +13,12 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 import tf_adascale
-from tf_adascale.callbacks import ScalingLog, StopAtScaleInvariantStep
+from tf_adascale import replicas
+from tf_adascale.callbacks import (
+    Checkpoint,
+    ScalingLog,
+    StopAtScaleInvariantStep,
+)
 
 NAMES = {
     "gain": "gain",
@@ -316,3 +325,591 @@ class TestKerasCallbacksBesideIt:
         # The first epoch is the best; each of the other two is a plateau.
         rate = float(model.optimizer.effective_learning_rate)
         assert rate == pytest.approx(1.2 * 0.125 / 4, rel=1e-6)
+
+
+# What a run may be of: everything must be saved, and go on to the bit.
+
+ROWS = np.random.default_rng(1).normal(size=(6, 12, 4)).astype("float32")
+
+
+class Listed(tf_adascale.Model):
+    """Holds its layers in a list, and a layer that draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = [
+            keras.layers.Dense(3),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(1),
+        ]
+        self(keras.ops.zeros((1, 4)))
+
+    def call(self, x, training=False):
+        for part in self.parts:
+            x = part(x, training=training)
+        return x
+
+
+def functional(cls=tf_adascale.Model):
+    """A model with statistics, and a layer that draws random numbers."""
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(3)(inputs)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(0.5)(x)
+    return cls(inputs, keras.layers.Dense(1)(x))
+
+
+def momentum(**arguments):
+    return keras.optimizers.SGD(
+        keras.optimizers.schedules.ExponentialDecay(0.02, 3, 0.5),
+        momentum=0.9,
+        **arguments,
+    )
+
+
+def adam(**arguments):
+    return keras.optimizers.AdamW(0.01, weight_decay=0.1, **arguments)
+
+
+def loss_scaled():
+    # The scale doubles at steps 3 and 6.
+    return keras.optimizers.LossScaleOptimizer(
+        momentum(), initial_scale=2.0**8, dynamic_growth_steps=3
+    )
+
+
+def small():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+
+
+AdaScale = tf_adascale.AdaScale
+RUNS = {
+    "small": (small, lambda: keras.optimizers.SGD(0.01)),
+    "keras": (lambda: functional(keras.Model), momentum),
+    "keras_adam": (lambda: functional(keras.Model), adam),
+    "keras_loss_scaled": (lambda: functional(keras.Model), loss_scaled),
+    "moments": (functional, lambda: AdaScale(momentum())),
+    "ratio": (functional, lambda: AdaScale(momentum(), estimator="ratio")),
+    "differenced": (
+        functional,
+        lambda: AdaScale(momentum(), scale=2, estimator="differenced"),
+    ),
+    "adamscale": (
+        functional,
+        lambda: AdaScale(adam(), power=0.5, preconditioned=True),
+    ),
+    "ema": (
+        functional,
+        lambda: AdaScale(
+            momentum(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3)
+        ),
+    ),
+    "loss_scaled": (functional, lambda: AdaScale(loss_scaled())),
+    "adasum": (functional, lambda: tf_adascale.Adasum(momentum())),
+    "listed": (Listed, lambda: AdaScale(momentum())),
+}
+
+
+def built(name="small", *, seed=0, microbatches=2, **compiled):
+    """The model of a run, built; what is drawn depends on the seed."""
+    keras.utils.set_random_seed(seed)
+    make_model, make_optimizer = RUNS[name]
+    model = make_model()
+    if isinstance(model, tf_adascale.Model):
+        compiled["microbatches"] = microbatches
+    model.compile(make_optimizer(), "mse", **compiled)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def endless(start=0):
+    """Batches of 12 that depend on their number only."""
+    rows = tf.data.Dataset.from_tensor_slices(ROWS).repeat().skip(start)
+    return rows.map(lambda x: (x, tf.reduce_sum(x, axis=1, keepdims=True)))
+
+
+def digest(model):
+    """All that a run has, to the bit."""
+    return [
+        np.array(variable.numpy()).tobytes()
+        for variable in [*model.variables, *model.optimizer.variables]
+    ]
+
+
+class Digests(keras.callbacks.Callback):
+    """Keeps the digest of the last epoch: after it Keras averages weights."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.last = digest(self.model)
+
+
+def go_on(model, checkpoint, *, epochs, callbacks=(), **arguments):
+    """Trains as `Checkpoint` says; returns the digest of the last epoch."""
+    digests = Digests()
+    model.fit(
+        endless(checkpoint.step),
+        **{
+            "steps_per_epoch": 2,
+            "initial_epoch": checkpoint.epoch,
+            "epochs": epochs,
+            "callbacks": [digests, *callbacks, checkpoint],
+            "shuffle": False,
+            "verbose": 0,
+            **arguments,
+        },
+    )
+    return digests.last
+
+
+class Raises(keras.callbacks.Callback):
+    """Fails at the end of the first batch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        raise InterruptedError
+
+
+class Sends(keras.callbacks.Callback):
+    """Sends SIGTERM to this process, and keeps which events it sees."""
+
+    def __init__(self, event, *, at=1):
+        super().__init__()
+        self.event = event
+        self.at = at
+        self.seen = []
+
+    def _see(self, event):
+        self.seen.append(event)
+        if self.seen.count(event) == self.at and event == self.event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_begin(self, logs=None):
+        self._see("train begin")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._see("epoch begin")
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._see("batch end")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._see("epoch end")
+
+    def on_train_end(self, logs=None):
+        self._see("train end")
+
+
+@pytest.fixture
+def handled():
+    """Counts the SIGTERMs that reach the handler set before `fit`."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
+class TestCheckpoint:
+    def test_counts(self, tmp_path):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        assert (checkpoint.epoch, checkpoint.step) == (0, 0)
+        assert not any(tmp_path.iterdir())
+        go_on(model, checkpoint, epochs=3)
+        assert (checkpoint.epoch, checkpoint.step) == (3, 6)
+        again = Checkpoint(tmp_path, model=built())
+        assert (again.epoch, again.step) == (3, 6)
+        assert again.directory == str(tmp_path)
+
+    @pytest.mark.parametrize("name", RUNS)
+    def test_goes_on_to_the_bit(self, name, tmp_path):
+        model = built(name)
+        whole = go_on(
+            model, Checkpoint(tmp_path / "whole", model=model), epochs=4
+        )
+        assert len(set(whole)) >= 3
+        model = built(name)
+        checkpoint = Checkpoint(tmp_path / "parts", model=model)
+        saved = go_on(model, checkpoint, epochs=2)
+        model = built(name, seed=1)
+        assert digest(model) != saved
+        checkpoint = Checkpoint(tmp_path / "parts", model=model)
+        assert digest(model) == saved
+        assert go_on(model, checkpoint, epochs=4) == whole
+
+    @pytest.mark.parametrize(
+        "name, inside",
+        [
+            ("moments", False),
+            ("moments", True),
+            ("adamscale", True),
+            ("adasum", False),
+        ],
+    )
+    def test_other_replicas_go_on(self, name, inside, tmp_path, strategy_of):
+        # Scale 4 throughout, by replicas or by micro-batches.
+        saved = None
+        for epochs, count in enumerate([1, 4, 2], start=1):
+            strategy = strategy_of(count)
+            with strategy.scope():
+                model = built(name, seed=epochs, microbatches=4 // count)
+            with strategy.scope() if inside else contextlib.nullcontext():
+                checkpoint = Checkpoint(tmp_path, model=model)
+            if saved is not None:
+                assert digest(model) == saved
+            assert checkpoint.step == 2 * (epochs - 1)
+            saved = go_on(model, checkpoint, epochs=epochs)
+            assert (checkpoint.epoch, checkpoint.step) == (epochs, 2 * epochs)
+        assert iterations(model) == 6
+
+    def test_saves_variables_of_ones_own(self, tmp_path):
+        def own():
+            return tf.Variable(0.0), [tf.Variable(""), tf.Variable(0)]
+
+        model, (one, several) = built(), own()
+        checkpoint = Checkpoint(tmp_path, model=model, one=one, several=several)
+        one.assign(2.5)
+        several[0].assign("text")
+        several[1].assign(7)
+        go_on(model, checkpoint, epochs=1)
+        one, several = own()
+        Checkpoint(tmp_path, model=built(), one=one, several=several)
+        assert float(one) == 2.5
+        assert several[0].numpy() == b"text"
+        assert int(several[1]) == 7
+
+    @pytest.mark.parametrize("name", ["optimizer", "epoch", "step"])
+    def test_refuses_variables_named_like_its_own(self, name, tmp_path):
+        with pytest.raises(TypeError, match=name):
+            Checkpoint(tmp_path, model=built(), **{name: tf.Variable(1.0)})
+
+    def test_may_be_used_again(self, tmp_path):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        go_on(model, checkpoint, epochs=1)
+        go_on(model, checkpoint, epochs=3)
+        assert (checkpoint.epoch, checkpoint.step) == (3, 6)
+        assert Checkpoint(tmp_path, model=built()).step == 6
+
+    def test_the_last_of_two_that_saved_counts(self, tmp_path):
+        model = built()
+        first, second = (Checkpoint(tmp_path, model=model) for _ in range(2))
+        go_on(model, first, epochs=3)
+        go_on(model, second, epochs=1)
+        assert Checkpoint(tmp_path, model=built()).step == 2
+
+    def test_steps_per_execution(self, tmp_path):
+        model = built(steps_per_execution=3)
+        checkpoint = Checkpoint(tmp_path, model=model)
+        go_on(model, checkpoint, epochs=2, steps_per_epoch=6)
+        assert checkpoint.step == 12
+        assert iterations(model) == 12
+
+    def test_a_finite_dataset_without_a_number_of_steps(self, tmp_path):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        model.fit(
+            endless().take(5),
+            epochs=2,
+            callbacks=[checkpoint],
+            shuffle=False,
+            verbose=0,
+        )
+        assert (checkpoint.epoch, checkpoint.step) == (2, 10)
+
+    def test_a_finished_run_takes_a_step_more(self, tmp_path):
+        """`StopAtScaleInvariantStep` asks after a step."""
+        steps = []
+        for seed in range(3):
+            model = built("moments", seed=seed)
+            checkpoint = Checkpoint(tmp_path, model=model)
+            stop = StopAtScaleInvariantStep(7)
+            go_on(model, checkpoint, epochs=99, callbacks=[stop])
+            steps.append(checkpoint.step)
+            assert float(model.optimizer.scale_invariant_step) >= 7
+        assert steps == [steps[0], steps[0] + 1, steps[0] + 2]
+        assert steps[0] < 7
+
+    def test_damage_is_passed_over(self, tmp_path):
+        model = built()
+        go_on(model, Checkpoint(tmp_path, model=model), epochs=1)
+        first = digest(model)
+        go_on(model, Checkpoint(tmp_path, model=model), epochs=2)
+        *_, newest = sorted(tmp_path.glob("*.data*"))
+        newest.write_bytes(b"")
+        model = built(seed=1)
+        with pytest.warns(RuntimeWarning, match="cannot be read"):
+            checkpoint = Checkpoint(tmp_path, model=model)
+        assert (checkpoint.epoch, checkpoint.step) == (1, 2)
+        assert digest(model) == first
+
+    def test_training_goes_on_where_it_cannot_save(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        model = built()
+        checkpoint = Checkpoint(tmp_path / "file" / "run", model=model)
+        with pytest.warns(RuntimeWarning, match="could not be saved"):
+            go_on(model, checkpoint, epochs=3)
+        assert checkpoint.epoch == 3
+        assert iterations(model) == 6
+
+
+class TestCheckpointOfAnother:
+    OTHERS = (
+        ("keras", "keras_adam"),
+        ("keras", "keras_loss_scaled"),
+        ("keras", "moments"),
+        ("moments", "keras"),
+        ("moments", "differenced"),
+        ("moments", "adasum"),
+        ("moments", "adamscale"),
+        ("moments", "ema"),
+        ("moments", "loss_scaled"),
+        ("moments", "listed"),
+    )
+
+    @pytest.mark.parametrize("saved, name", OTHERS)
+    def test_is_refused_and_changes_nothing(self, saved, name, tmp_path):
+        Checkpoint(tmp_path, model=built(saved)).on_epoch_end(0)
+        other = built(name, seed=1)
+        before = digest(other)
+        with pytest.raises(
+            ValueError,
+            match=r"(?s)is of another model or optimizer\. Expected .* "
+            r"Received: path='.*ckpt-1'",
+        ):
+            Checkpoint(tmp_path, model=other)
+        assert digest(other) == before
+
+    def test_optimizer_with_the_same_variables_is_refused(self, tmp_path):
+        # Lion's momenta are no SGD's.
+        def model(optimizer):
+            made = small()
+            made.compile(optimizer, "mse")
+            made.optimizer.build(made.trainable_variables)
+            return made
+
+        sgd = model(keras.optimizers.SGD(0.1, momentum=0.9))
+        Checkpoint(tmp_path, model=sgd).on_epoch_end(0)
+        with pytest.raises(ValueError, match=r"Expected Lion;.* with SGD"):
+            Checkpoint(tmp_path, model=model(keras.optimizers.Lion(0.1)))
+
+    @pytest.mark.parametrize("missing", ["model", "optimizer", "compile"])
+    def test_refuses_what_is_not_built(self, missing, tmp_path):
+        model = keras.Sequential([keras.layers.Dense(1)])
+        if missing != "model":
+            model.build((None, 4))
+        if missing != "compile":
+            model.compile("sgd", "mse")
+        with pytest.raises(
+            ValueError,
+            match=r"nothing to restore yet\. Expected a model that is built "
+            r"and compiled, and `model.optimizer.build\("
+            r"model.trainable_variables\)`\. Received: model.built="
+            rf"{missing != 'model'}, optimizer=",
+        ):
+            Checkpoint(tmp_path / "run", model=model)
+        assert not (tmp_path / "run").exists()
+
+    def test_refuses_what_only_all_workers_can_read(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(
+            replicas,
+            "only_all_workers_can_read",
+            lambda strategy, variable: variable.shape == (1,),
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"chief cannot save this variable alone\. Expected "
+            r"synchronization other than ON_READ, or the aggregation "
+            r"ONLY_FIRST_REPLICA\. Received: variable=<tf.Variable",
+        ):
+            Checkpoint(tmp_path / "run", model=built())
+        assert not (tmp_path / "run").exists()
+
+    def test_refuses_what_other_workers_did_not_restore(
+        self, tmp_path, monkeypatch
+    ):
+        model = built()
+        go_on(model, Checkpoint(tmp_path, model=model), epochs=1)
+        asked = []
+
+        def agree(strategy, number):
+            asked.append((strategy, number))
+            return False
+
+        monkeypatch.setattr(replicas, "agree", agree)
+        with pytest.raises(
+            ValueError,
+            match=r"workers restored different checkpoints\. Expected a "
+            r"directory that all of them see\. Received: directory='.*', which "
+            r"holds step 2 on this worker",
+        ):
+            Checkpoint(tmp_path, model=model)
+        assert asked == [(model.distribute_strategy, 2)]
+
+    def test_only_the_chief_saves(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(replicas, "is_chief", lambda strategy: False)
+        model = built()
+        checkpoint = Checkpoint(tmp_path / "run", model=model)
+        go_on(model, checkpoint, epochs=2)
+        assert checkpoint.epoch == 2
+        assert not (tmp_path / "run").exists()
+
+
+class TestSigterm:
+    def test_ends_the_epoch_saves_and_exits(self, tmp_path, handled):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        sends = Sends("batch end", at=6)
+        with pytest.raises(SystemExit) as exit:
+            go_on(
+                model,
+                checkpoint,
+                epochs=9,
+                steps_per_epoch=4,
+                callbacks=[sends],
+            )
+        assert exit.value.code == Checkpoint.EXIT_CODE == os.EX_TEMPFAIL == 75
+        assert sends.seen == [
+            *("train begin", "epoch begin"),
+            *["batch end"] * 4,
+            *("epoch end", "epoch begin"),
+            *["batch end"] * 2,
+            *("epoch end", "train end"),
+        ]
+        again = built(seed=1)
+        checkpoint = Checkpoint(tmp_path, model=again)
+        assert (checkpoint.epoch, checkpoint.step) == (2, 6)
+        assert digest(again) == digest(model)
+        # Whoever listened before listens again.
+        assert not handled
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handled == [1]
+
+    def test_goes_on_to_the_bit(self, tmp_path, handled):
+        model = built("listed")
+        checkpoint = Checkpoint(tmp_path / "whole", model=model)
+        whole = go_on(model, checkpoint, epochs=4)
+        model = built("listed")
+        checkpoint = Checkpoint(tmp_path / "parts", model=model)
+        with pytest.raises(SystemExit):
+            go_on(model, checkpoint, epochs=4, callbacks=[Sends("batch end")])
+        assert checkpoint.step == 1
+        model = built("listed", seed=1)
+        checkpoint = Checkpoint(tmp_path / "parts", model=model)
+        # What is left of the epoch is not made up for: 1 + 2 + 2 + 2 steps.
+        go_on(model, checkpoint, epochs=4)
+        assert checkpoint.step == 7
+        last = go_on(model, checkpoint, epochs=5, steps_per_epoch=1)
+        assert last == whole
+
+    @pytest.mark.parametrize(
+        "event, at, epoch, step",
+        [
+            ("epoch begin", 1, 1, 1),
+            ("epoch begin", 2, 2, 3),
+            ("epoch end", 1, 2, 3),
+            # Nothing is left to be done: the next process finds so.
+            ("epoch end", 3, 3, 6),
+            ("train end", 1, 3, 6),
+        ],
+    )
+    def test_at_any_time(self, event, at, epoch, step, tmp_path, handled):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        with pytest.raises(SystemExit) as exit:
+            go_on(model, checkpoint, epochs=3, callbacks=[Sends(event, at=at)])
+        assert exit.value.code == 75
+        checkpoint = Checkpoint(tmp_path, model=built())
+        assert (checkpoint.epoch, checkpoint.step) == (epoch, step)
+        assert not handled
+
+    def test_saves_before_validation(self, tmp_path, handled):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        seen = []
+        look = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda *_: seen.append("step"),
+        )
+        look.on_test_begin = lambda logs=None: seen.append(os.listdir(tmp_path))
+        with pytest.raises(SystemExit):
+            go_on(
+                model,
+                checkpoint,
+                epochs=3,
+                callbacks=[Sends("batch end"), look],
+                validation_data=endless(0).take(2),
+            )
+        step, files = seen
+        assert step == "step"
+        assert "ckpt-1.index" in files
+        # Once is enough.
+        assert sorted(os.listdir(tmp_path)) == sorted(files)
+
+    def test_with_steps_per_execution(self, tmp_path, handled):
+        model = built(steps_per_execution=3)
+        checkpoint = Checkpoint(tmp_path, model=model)
+        with pytest.raises(SystemExit):
+            go_on(
+                model,
+                checkpoint,
+                epochs=3,
+                steps_per_epoch=9,
+                callbacks=[Sends("batch end", at=2)],
+            )
+        assert checkpoint.step == 6
+        assert iterations(model) == 6
+
+    def test_a_second_one_is_for_who_listened_before(self, tmp_path, handled):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        with pytest.raises(SystemExit):
+            go_on(
+                model,
+                checkpoint,
+                epochs=3,
+                callbacks=[Sends("batch end"), Sends("epoch end")],
+            )
+        assert handled == [1]
+
+    @pytest.mark.parametrize("failures", [1, 2])
+    def test_is_not_lost_after_fit_failed(self, failures, tmp_path, handled):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        for _ in range(failures):
+            with pytest.raises(InterruptedError):
+                go_on(model, checkpoint, epochs=1, callbacks=[Raises()])
+        go_on(model, checkpoint, epochs=1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handled == [1]
+
+    def test_the_second_ends_a_process_whose_fit_failed(
+        self, tmp_path, handled
+    ):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        with pytest.raises(InterruptedError):
+            go_on(model, checkpoint, epochs=1, callbacks=[Raises()])
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert handled == [1]
+
+    def test_does_not_end_the_fit_after_it(self, tmp_path, handled):
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        with pytest.raises(SystemExit):
+            go_on(model, checkpoint, epochs=2, callbacks=[Sends("batch end")])
+        go_on(model, checkpoint, epochs=3)
+        assert (checkpoint.epoch, checkpoint.step) == (3, 5)
+
+    def test_needs_no_main_thread(self, tmp_path, handled):
+        """Only the main thread may set a handler."""
+        model = built()
+        checkpoint = Checkpoint(tmp_path, model=model)
+        thread = threading.Thread(
+            target=go_on, args=(model, checkpoint), kwargs={"epochs": 2}
+        )
+        thread.start()
+        thread.join()
+        assert (checkpoint.epoch, checkpoint.step) == (2, 4)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handled == [1]

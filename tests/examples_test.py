@@ -1,11 +1,15 @@
 """The trainers' loop, on a task of one layer; the digits and the demo."""
 
 import csv
+import errno
 import json
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -56,7 +60,9 @@ def rows(tmp_path, name="run"):
 
 def saved_values(tmp_path, name):
     """Returns the last checkpoint: weights, slots, averages, tau."""
-    reader = tf.train.load_checkpoint(str(tmp_path / name / "checkpoint"))
+    indices = (tmp_path / name / "checkpoint").glob("ckpt-*.index")
+    newest = max(indices, key=lambda path: int(path.stem.partition("-")[2]))
+    reader = tf.train.load_checkpoint(str(newest.with_suffix("")))
     return {
         key: reader.get_tensor(key)
         for key in reader.get_variable_to_shape_map()
@@ -220,10 +226,13 @@ class TestFlags:
             *(
                 f"--{name}={value}"
                 for name, value in settings._asdict().items()
-                if name != "elastic"  # Instead of a scale.
+                # Instead of a scale, and of a TPU.
+                if name not in ("elastic", "cluster")
             )
         )
         assert parsed == settings
+        several = self.parsed("--strategy=multiworker", "--cluster=slurm")
+        assert several.cluster == "slurm"
         assert self.parsed("--elastic=0:4,0.5:8").elastic == "0:4,0.5:8"
 
     @pytest.mark.parametrize(
@@ -257,6 +266,8 @@ class TestFlags:
             (["--total_steps=-1"], "positive integer"),
             (["--seed=-1"], "non-negative integer"),
             (["--tpu=local"], 'strategy="tpu"'),
+            (["--cluster=slurm"], 'strategy="multiworker"'),
+            (["--strategy=multiworker", "--cluster=mesos"], "should be one of"),
             (
                 ["--scale=6", "--replicas=2", "--microbatches=2"],
                 "do not make the scale",
@@ -414,6 +425,12 @@ class TestRun:
         [
             ({"mixed_precision": "float64"}, "precision is not known"),
             ({"tpu": "local"}, "TPU was named"),
+            (
+                {"cluster": "slurm", "strategy": "mirrored"},
+                r"cluster was named that would not be used\. Expected "
+                r'strategy="multiworker" with it\. Received: '
+                r"cluster='slurm', strategy='mirrored'",
+            ),
             ({"replicas": 2}, "another number of replicas"),
             ({"scale": 4, "microbatches": 2}, "do not make the scale"),
             ({"elastic": "0:4,1:8"}, "not understood"),
@@ -500,7 +517,7 @@ class TestGoingOn:
         assert any(
             value.shape == (64, 10)
             for key, value in saved_values(tmp_path, "run").items()
-            if key.startswith("variables")
+            if key.startswith("model/")
         )
 
     def test_finished_runs_train_no_more(self, tmp_path):
@@ -508,6 +525,311 @@ class TestGoingOn:
         log = rows(tmp_path)
         assert run(tmp_path, scale=2, smoke=True) == first
         assert rows(tmp_path) == log
+
+    def terminated(self, monkeypatch, step):
+        """Makes a run get SIGTERM after a step."""
+        original = training.Progress.on_train_batch_end
+
+        def on_train_batch_end(self, batch, logs=None):
+            original(self, batch, logs)
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(
+            training.Progress, "on_train_batch_end", on_train_batch_end
+        )
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"algorithm": "identity", "total_steps": 250},
+            {"algorithm": "adascale", "scale": 2},
+            {"algorithm": "adascale", "elastic": "0:2,0.5:4"},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("step", [1, 4])
+    def test_terminated_and_gone_on_is_as_never_stopped(
+        self, tmp_path, monkeypatch, given, step
+    ):
+        whole = run(tmp_path, "whole", **given)
+        with monkeypatch.context() as patch:
+            self.terminated(patch, step)
+            with pytest.raises(SystemExit) as exit:
+                run(tmp_path, "stopped", **given)
+        assert exit.value.code == training.STOPPED == 75
+        assert not (tmp_path / "stopped" / "result.json").exists()
+        assert run(tmp_path, "stopped", **given) == whole
+        expected = saved_values(tmp_path, "whole")
+        actual = saved_values(tmp_path, "stopped")
+        # An epoch more is one that was cut short.
+        assert expected.keys() == actual.keys()
+        for key, value in expected.items():
+            if not key.startswith("epoch"):
+                np.testing.assert_array_equal(actual[key], value, err_msg=key)
+        # The rows are those of the run that was not stopped, and the one that
+        # it was stopped in.
+        logs = rows(tmp_path, "stopped"), rows(tmp_path, "whole")
+        stopped, uninterrupted = ([int(row["step"]) for row in r] for r in logs)
+        assert sorted({*uninterrupted, step + 1}) == sorted(
+            {*stopped, step + 1}
+        )
+        assert stopped == sorted(set(stopped))
+
+    def test_another_scale_goes_on(self, tmp_path, monkeypatch):
+        for scale, step in ((2, 2), (4, 4), (4, 6)):
+            with monkeypatch.context() as patch:
+                self.terminated(patch, step - 1)
+                with pytest.raises(SystemExit):
+                    run(tmp_path, scale=scale, total_steps=40)
+            with open(tmp_path / "run" / "run.json") as file:
+                assert json.load(file)["scale"] == scale
+        result = run(tmp_path, scale=2, total_steps=40)
+        # 2 steps at scale 2, 4 at 4, the others at 2.
+        assert result.scale == "2-4-2"
+        log = rows(tmp_path)
+        assert [row["scale"] for row in log[:7]] == [*"2244442"]
+        assert [row["base_batches"] for row in log[:5]] == [
+            *("2", "4", "8", "12", "16")
+        ]
+        tau = [float(row["scale_invariant_step"]) for row in log]
+        gains = [float(row["gain"]) for row in log]
+        np.testing.assert_allclose(np.cumsum(gains), tau, rtol=1e-6)
+        assert tau[-1] >= 40 > tau[-2]
+        assert result.examples == int(log[-1]["base_batches"]) * 16
+
+    def test_a_full_disk_ends_no_run(self, tmp_path, monkeypatch):
+        # The log cannot be written when the second phase begins.
+        whole = run(tmp_path, "whole", elastic="0:2,0.5:4")
+        write, full = training._write, []
+
+        def write_once(path, text):
+            if path.endswith("log.csv"):
+                full.append(path)
+                if len(full) > 1:
+                    raise OSError(errno.ENOSPC, "full")
+            write(path, text)
+
+        monkeypatch.setattr(training, "_write", write_once)
+        assert run(tmp_path, "full", elastic="0:2,0.5:4") == whole
+
+
+class TestLostWorker:
+    def lost(self, monkeypatch):
+        def run(task, settings):
+            raise tf.errors.UnavailableError(None, None, "Another was lost.")
+
+        monkeypatch.setattr(training, "_run", run)
+
+    def test_stops_and_says_so(self, monkeypatch, capsys):
+        self.lost(monkeypatch)
+        with pytest.raises(SystemExit) as exit:
+            training.run(one_layer(), training.Settings(strategy="multiworker"))
+        assert exit.value.code == training.STOPPED
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "one_layer: Another was lost."
+        assert "The same command, given to all workers, goes on." in lines[1]
+
+    def test_is_none_of_one_process(self, monkeypatch):
+        self.lost(monkeypatch)
+        with pytest.raises(tf.errors.UnavailableError):
+            training.run(one_layer(), training.Settings())
+
+
+class TestRowsLeft:
+    @pytest.mark.parametrize(
+        "step, interval, last, execution, expected",
+        [
+            (0, 5, 12, 1, (5, 3)),  # 5 + 5 + 2
+            (5, 5, 12, 1, (5, 2)),
+            (10, 5, 12, 1, (5, 1)),
+            (0, 5, 10, 1, (5, 2)),
+            # Amid a row: to its end.
+            (3, 5, 12, 1, (2, 1)),
+            (9, 5, 12, 1, (1, 1)),
+            (11, 5, 12, 1, (4, 1)),
+            # A multiple of the steps per execution: 2 rather than 1.
+            (3, 4, 12, 2, (2, 1)),
+            (1, 6, 12, 3, (6, 1)),
+            (2, 4, 12, 2, (2, 1)),
+        ],
+    )
+    def test_by_hand(self, step, interval, last, execution, expected):
+        progress = types.SimpleNamespace(
+            step=step,
+            interval=interval,
+            phase=types.SimpleNamespace(last_iteration=last),
+        )
+        settings = training.Settings(steps_per_execution=execution)
+        assert training._rows_left(progress, settings) == expected
+
+
+class TestClaim:
+    SETTINGS = training.Settings(scale=2, total_steps=16)
+
+    def claim(self, tmp_path, *, interval=1, write=True, **changed):
+        settings = self.SETTINGS._replace(
+            model_dir=str(tmp_path / "run"), **changed
+        )
+        training._claim(settings, one_layer(), interval, write=write)
+
+    def content(self, tmp_path):
+        return (tmp_path / "run" / "run.json").read_text()
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {},
+            {"scale": 4},
+            {"interval": 3},
+            {"scale": 1, "interval": 2},
+            {"replicas": 2, "microbatches": 4},
+            {"strategy": "mirrored", "steps_per_execution": 5},
+        ],
+        ids=str,
+    )
+    def test_adascale_goes_on_at_another_scale(self, tmp_path, changed):
+        self.claim(tmp_path)
+        self.claim(tmp_path, **changed)
+        claimed = json.loads(self.content(tmp_path))
+        assert claimed["scale"] == changed.get("scale", 2)
+        assert claimed["steps_per_row"] == changed.get("interval", 1)
+        assert os.listdir(tmp_path / "run") == ["run.json"]
+
+    @pytest.mark.parametrize(
+        "given, changed",
+        [
+            *(
+                ({}, changed)
+                for changed in (
+                    {"seed": 1},
+                    {"total_steps": 17},
+                    {"algorithm": "adamscale"},
+                    {"algorithm": "average"},
+                    {"scale": None, "elastic": "0:2,0.5:4"},
+                )
+            ),
+            # Others cannot change their scale on the way.
+            ({"algorithm": "average"}, {"scale": 4}),
+            ({"algorithm": "lsw"}, {"interval": 2}),
+            ({"scale": None, "elastic": "0:2,0.5:4"}, {"interval": 2}),
+            ({"scale": None, "elastic": "0:2,0.5:4"}, {"elastic": "0:2"}),
+        ],
+        ids=str,
+    )
+    def test_another_run_is_refused(self, tmp_path, given, changed):
+        self.claim(tmp_path, **given)
+        before = self.content(tmp_path)
+        with pytest.raises(
+            ValueError,
+            match=r"holds another run\. Expected the flags of that run, \{.*\},"
+            r" to go on with it, or another model_dir\. Received: \{.*\}, "
+            "model_dir='",
+        ):
+            self.claim(tmp_path, **{**given, **changed})
+        assert self.content(tmp_path) == before
+
+    def test_only_the_chief_writes(self, tmp_path):
+        self.claim(tmp_path, write=False)
+        assert not (tmp_path / "run").exists()
+        self.claim(tmp_path)
+        before = self.content(tmp_path)
+        self.claim(tmp_path, scale=8, write=False)
+        assert self.content(tmp_path) == before
+        with pytest.raises(ValueError, match="holds another run"):
+            self.claim(tmp_path, seed=1, write=False)
+
+
+class TestLog:
+    WHOLE = "epoch,loss\r\n0,4.5\r\n1,3.5\r\n2,2.5\r\n"
+
+    @pytest.mark.parametrize(
+        "log, first_epoch, expected",
+        [
+            (WHOLE, 3, WHOLE),
+            (WHOLE, 2, "epoch,loss\r\n0,4.5\r\n1,3.5\r\n"),
+            (WHOLE, 0, ""),
+            # The last row was cut off.
+            (WHOLE + "3", 3, WHOLE),
+            (WHOLE + "3", 4, WHOLE),
+            (WHOLE + "3,1.5", 3, WHOLE),
+            # So was one amid them: the disk was full for a while.
+            ("epoch,loss\r\n0,4.51,3.5\r\n1,3.5\r\n", 2,
+             "epoch,loss\r\n1,3.5\r\n"),
+            # Even the header was: Keras writes it anew.
+            ("epoch,lo", 1, ""),
+            ("epoch,loss\r\n", 1, ""),
+            ("", 1, ""),
+        ],
+    )  # fmt: skip
+    def test_rows_without_a_checkpoint_are_dropped(
+        self, log, first_epoch, expected, tmp_path
+    ):
+        path = tmp_path / "log.csv"
+        path.write_bytes(log.encode())
+        training._drop_rows(str(path), first_epoch=first_epoch)
+        assert path.read_bytes().decode() == expected
+        assert os.listdir(tmp_path) == ["log.csv"]
+
+    def test_none_is_none(self, tmp_path):
+        training._drop_rows(str(tmp_path / "log.csv"), first_epoch=0)
+        assert not os.listdir(tmp_path)
+
+    @pytest.mark.parametrize(
+        "chief, terminal, expected",
+        [
+            (True, True, 1),
+            (True, False, 2),
+            (False, True, 0),
+            (False, False, 0),
+        ],
+    )
+    def test_only_the_chief_shows_progress(
+        self, chief, terminal, expected, monkeypatch
+    ):
+        output = types.SimpleNamespace(isatty=lambda: terminal)
+        monkeypatch.setattr(sys, "stdout", output)
+        assert training._verbosity(chief) == expected
+
+
+class TestWrite:
+    def test_replaces_the_whole(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("old and long")
+        training._write(str(path), "new\r\n")
+        assert path.read_bytes() == b"new\r\n"
+        assert os.listdir(tmp_path) == ["file"]
+
+    def test_leaves_the_old_file_when_interrupted(self, tmp_path, monkeypatch):
+        path = tmp_path / "file"
+        path.write_text("old")
+
+        def replace(source, target):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            training._write(str(path), "new")
+        assert path.read_text() == "old"
+
+    def test_leaves_the_old_file_where_there_is_no_text(self, tmp_path):
+        path = tmp_path / "file.json"
+        path.write_text("old")
+        with pytest.raises(TypeError, match="JSON"):
+            training._write_json(str(path), {"value": object()})
+        assert path.read_text() == "old"
+
+    def test_leaves_the_old_file_where_the_disk_is_full(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("old")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3, hard))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                training._write(str(path), "new and longer")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_text() == "old"
 
 
 class TestCommand:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_adascale
 from tf_adascale import replicas
 
 COUNTS = [1, 2, 3]
@@ -326,3 +327,198 @@ def test_run_passes_values_on(strategy_of):
         strategy, lambda x, y: x - y + index(), tf.constant(5.0), 3.0
     )
     assert locals_of(strategy, result) == [2.0, 3.0]
+
+
+class Cluster(tf.distribute.MultiWorkerMirroredStrategy):
+    """A strategy that knows of its workers, and starts nothing."""
+
+    def __init__(self, cluster):
+        self._cluster = cluster
+
+    def __del__(self):
+        pass
+
+    @property
+    def cluster_resolver(self):
+        return tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec(self._cluster)
+        )
+
+
+TWO_WORKERS = {"worker": ["a:1", "b:1"]}
+
+
+@pytest.mark.parametrize(
+    "cluster, expected",
+    [
+        ({}, 1),
+        ({"worker": ["a:1"]}, 1),
+        (TWO_WORKERS, 2),
+        ({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, 3),
+        # These do not train.
+        ({**TWO_WORKERS, "evaluator": ["c:1"], "ps": ["d:1", "e:1"]}, 2),
+    ],
+)
+def test_num_workers_counts_those_that_train(cluster, expected):
+    assert replicas.num_workers(Cluster(cluster)) == expected
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_one_process_is_the_chief_of_itself(count, strategy_of):
+    strategy = strategy_of(count)
+    assert replicas.num_workers(strategy) == 1
+    assert replicas.is_chief(strategy)
+    assert replicas.agree(strategy, 3)
+
+
+@pytest.mark.parametrize("is_chief", [False, True])
+def test_the_chief_is_who_should_save(is_chief, strategy_of):
+    class Extended:
+        should_checkpoint = is_chief
+
+    class Strategy:
+        extended = Extended()
+
+    assert replicas.is_chief(Strategy()) is is_chief
+
+
+class TestAgree:
+    @pytest.fixture(autouse=True)
+    def two_workers(self, monkeypatch):
+        monkeypatch.setattr(replicas, "num_workers", lambda strategy: 2)
+
+    # More than float64 and int32 can hold.
+    @pytest.mark.parametrize("number", [0, 7, 2**31 + 1, 2**60 + 1])
+    def test_all_have_the_same(self, number, strategy_of):
+        assert replicas.agree(strategy_of(2), number) is True
+
+    def test_one_has_another(self, strategy_of, monkeypatch):
+        strategy = strategy_of(2)
+        reduce = strategy.reduce
+
+        def reduce_with_anothers(operation, value, axis):
+            assert operation == "SUM"
+            # One replica's number is larger by one.
+            return reduce(operation, value, axis=axis) + 1
+
+        monkeypatch.setattr(strategy, "reduce", reduce_with_anothers)
+        assert replicas.agree(strategy, 7) is False
+
+
+@pytest.mark.parametrize(
+    "synchronization, aggregation, expected",
+    [
+        ("AUTO", "NONE", False),
+        ("ON_WRITE", "MEAN", False),
+        ("ON_READ", "SUM", True),
+        ("ON_READ", "MEAN", True),
+        ("ON_READ", "ONLY_FIRST_REPLICA", False),
+    ],
+)
+def test_variables_that_only_all_workers_can_read(
+    synchronization, aggregation, expected, strategy_of
+):
+    mirrored = strategy_of(2)
+    with mirrored.scope():
+        variable = tf.Variable(
+            1.0,
+            trainable=False,
+            synchronization=tf.VariableSynchronization[synchronization],
+            aggregation=tf.VariableAggregation[aggregation],
+        )
+    two = Cluster(TWO_WORKERS)
+    assert replicas.only_all_workers_can_read(two, variable) is expected
+    # One process has all the parts.
+    assert not replicas.only_all_workers_can_read(mirrored, variable)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_preemption_check_of_one_process_asks_at_once(count, strategy_of):
+    asked = []
+
+    def is_asked():
+        asked.append(1)
+        return len(asked) > 1
+
+    check = replicas.preemption_check(strategy_of(count), is_asked)
+    assert [check(), check()] == [False, True]
+    assert len(asked) == 2
+
+
+class TestLostWorker:
+    LOST = (
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.UnavailableError,
+    )
+    OTHERS = (
+        tf.errors.InvalidArgumentError,
+        tf.errors.ResourceExhaustedError,
+        tf.errors.DataLossError,
+    )
+    MESSAGE = "node a/b/c defined at (most recent call last): ...\n"
+
+    def error(self, kind, message=MESSAGE + "Collective ops is aborted: gone"):
+        return kind(None, None, message)
+
+    @pytest.mark.parametrize("kind", LOST)
+    def test_is_said_in_three_parts(self, kind):
+        lost = replicas.lost_worker_error(
+            Cluster(TWO_WORKERS), self.error(kind)
+        )
+        assert type(lost) is tf.errors.UnavailableError
+        assert lost.message == (
+            "Another worker was lost. Expected all workers of the cluster to "
+            "train until the end; start all of them again, and training goes "
+            "on from the last checkpoint. Received: workers=2, "
+            "error=Collective ops is aborted: gone"
+        )
+
+    def test_says_all_where_there_is_no_program(self):
+        error = self.error(tf.errors.AbortedError, "gone")
+        lost = replicas.lost_worker_error(Cluster(TWO_WORKERS), error)
+        assert lost.message.endswith("error=gone")
+
+    @pytest.mark.parametrize("kind", OTHERS)
+    def test_other_errors_are_others(self, kind):
+        error = self.error(kind)
+        assert replicas.lost_worker_error(Cluster(TWO_WORKERS), error) is None
+
+    @pytest.mark.parametrize("kind", LOST)
+    def test_one_process_loses_none(self, kind, strategy_of):
+        for count in COUNTS:
+            assert (
+                replicas.lost_worker_error(strategy_of(count), self.error(kind))
+                is None
+            )
+
+    @pytest.mark.parametrize("method", ["fit", "evaluate"])
+    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.parametrize(
+        "kind", [tf.errors.AbortedError, tf.errors.DataLossError]
+    )
+    def test_the_model_says_so(self, method, workers, kind, monkeypatch):
+        monkeypatch.setattr(replicas, "num_workers", lambda strategy: workers)
+        original = self.error(kind)
+
+        class Loses(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                raise original
+
+            def on_test_batch_end(self, batch, logs=None):
+                raise original
+
+        inputs = keras.Input((1,))
+        model = tf_adascale.Model(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+        with pytest.raises(tf.errors.OpError) as error:
+            getattr(model, method)(
+                np.ones((2, 1)), np.ones((2, 1)), verbose=0, callbacks=[Loses()]
+            )
+        if workers == 2 and kind is tf.errors.AbortedError:
+            assert type(error.value) is tf.errors.UnavailableError
+            assert error.value.message.startswith("Another worker was lost.")
+            assert error.value.__cause__ is original
+        else:
+            assert error.value is original

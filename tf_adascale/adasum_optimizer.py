@@ -43,9 +43,10 @@ class Adasum(wrapper.Wrapper):
 
     Each step receives N - 1 times the size of the model and all-reduces it
     once, both in float32 or wider. (Under TPUStrategy TensorFlow gathers by an
-    all-reduce of N times the size, which moves about twice as much.) A replica holds pieces of 4 MiB of all N at
-    a time, their products with its own, and a copy of the model for the
-    combination; for "updates" two more, of the weights before and after.
+    all-reduce of N times the size, which moves about twice as much.) A
+    replica holds pieces of 4 MiB of all N at a time, their products with its
+    own, and a copy of the model for the combination; for "updates" two more, of
+    the weights before and after.
 
     The learning rate is the inner optimizer's as it is; a schedule counts
     iterations. How far to raise it with N is measured in the README.

@@ -237,9 +237,15 @@ class Checkpoint(keras.callbacks.Callback):
         self._counts["step"].assign_add(steps)
         if self._is_time():
             self._stopped = self.model.stop_training = True
+            # Before validation, which may take longer than there is time.
+            self._end_epoch()
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves a checkpoint."""
+        if not self._stopped:
+            self._end_epoch()
+
+    def _end_epoch(self):
         self._counts["epoch"].assign_add(1)
         if replicas.is_chief(self._strategy):
             self._checkpoints.save()
