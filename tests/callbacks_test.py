@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 import tf_adascale
-from tf_adascale import replicas
+from tf_adascale import callbacks, replicas
 from tf_adascale.callbacks import (
     Checkpoint,
     ScalingLog,
@@ -828,7 +828,7 @@ class TestSigterm:
         checkpoint = Checkpoint(tmp_path, model=model)
         seen = []
         look = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda *_: seen.append("step"),
+            on_train_batch_end=lambda batch, logs: seen.append("step"),
         )
         look.on_test_begin = lambda logs=None: seen.append(os.listdir(tmp_path))
         with pytest.raises(SystemExit):
@@ -859,7 +859,12 @@ class TestSigterm:
         assert checkpoint.step == 6
         assert iterations(model) == 6
 
-    def test_a_second_one_is_for_who_listened_before(self, tmp_path, handled):
+    @pytest.mark.parametrize("seconds, passed_on", [(5.0, []), (-1.0, [1])])
+    def test_a_later_one_is_for_who_listened_before(
+        self, seconds, passed_on, tmp_path, handled, monkeypatch
+    ):
+        assert callbacks.SAME_NOTICE_SECONDS == 5.0
+        monkeypatch.setattr(callbacks, "SAME_NOTICE_SECONDS", seconds)
         model = built()
         checkpoint = Checkpoint(tmp_path, model=model)
         with pytest.raises(SystemExit):
@@ -869,7 +874,7 @@ class TestSigterm:
                 epochs=3,
                 callbacks=[Sends("batch end"), Sends("epoch end")],
             )
-        assert handled == [1]
+        assert handled == passed_on
 
     @pytest.mark.parametrize("failures", [1, 2])
     def test_is_not_lost_after_fit_failed(self, failures, tmp_path, handled):
@@ -883,8 +888,9 @@ class TestSigterm:
         assert handled == [1]
 
     def test_the_second_ends_a_process_whose_fit_failed(
-        self, tmp_path, handled
+        self, tmp_path, handled, monkeypatch
     ):
+        monkeypatch.setattr(callbacks, "SAME_NOTICE_SECONDS", -1.0)
         model = built()
         checkpoint = Checkpoint(tmp_path, model=model)
         with pytest.raises(InterruptedError):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import keras
 import tensorflow as tf
@@ -20,6 +21,10 @@ _SHOWN = {
     "gradient_sqnorm": "gradient_sqnorm",
     "noise_scale": "noise_scale",
 }
+
+
+# One notice may come twice: to a process, and to the group it belongs to.
+SAME_NOTICE_SECONDS = 5.0
 
 
 class StopAtScaleInvariantStep(keras.callbacks.Callback):
@@ -128,11 +133,12 @@ class Checkpoint(keras.callbacks.Callback):
     passed over for the checkpoint before it, with a warning; so is a disk that
     is full when saving, and training goes on.
 
-    A first SIGTERM ends the epoch after a few steps at most, on all workers if
-    one gets it: callbacks see the end of the epoch and of training, a
-    checkpoint is saved, and the process exits with `EXIT_CODE`. What is left of
-    the epoch is not made up for: the next process begins a new one. So give
-    `fit` an endless dataset that begins at `step`, and `steps_per_epoch`:
+    SIGTERM ends the epoch after a few steps at most, on all workers if one gets
+    it: a checkpoint is saved, callbacks see the end of the epoch and of
+    training, and the process exits with `EXIT_CODE`. (Another one, more than 5
+    seconds later, ends it at once.) What is left of the epoch is not made up
+    for: the next process begins a new one. So give `fit` an endless dataset
+    that begins at `step`, and `steps_per_epoch`:
 
         checkpoint = tf_adascale.callbacks.Checkpoint("run", model=model)
         model.fit(
@@ -256,10 +262,14 @@ class Checkpoint(keras.callbacks.Callback):
         if self._stopped or self._is_asked.is_set():
             sys.exit(self.EXIT_CODE)
 
-    def _on_sigterm(self, *_):
-        self._is_asked.set()
-        # A second one ends the process at once.
-        self._put_handler_back()
+    def _on_sigterm(self, number, _):
+        if not self._is_asked.is_set():
+            self._asked_at = time.monotonic()
+            self._is_asked.set()
+        elif time.monotonic() > self._asked_at + SAME_NOTICE_SECONDS:
+            # As if there had been no handler.
+            self._put_handler_back()
+            os.kill(os.getpid(), number)
 
     def _put_handler_back(self):
         if self._previous_handler is not None:
