@@ -13,18 +13,16 @@ keeps everything in a model directory:
 Of several workers only the chief writes it, and prints; all of them read it.
 
 A process exits with 0 once there is a result, and with `STOPPED`, 75, if it was
-stopped: by SIGTERM, after one more checkpoint, or because another worker was
-lost. The same command then goes on, and by AdaScale at another scale too.
+stopped while training: by SIGTERM, after one more checkpoint, or because
+another worker was lost. The same command then goes on, and by AdaScale at
+another scale too.
 
 "Epoch" in Keras's progress bar and in the log is the stretch between two rows;
 column `step` tells the iteration that it ended with, `base_batches` the number
 of base batches seen till then.
 """
 
-import csv
 import functools
-import io
-import json
 import math
 import os
 import sys
@@ -35,7 +33,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from examples import algorithms, elastic, strategies, streams
+from examples import (
+    algorithms,
+    elastic,
+    model_directory,
+    strategies,
+    streams,
+)
 from examples.progress import Forgiving, Progress
 
 STOPPED = Progress.EXIT_CODE
@@ -150,10 +154,9 @@ def run(task, settings):
     except tf.errors.UnavailableError as error:
         if settings.strategy != "multiworker":
             raise
-        print(f"{task.name}: {error.message}", file=sys.stderr, flush=True)
         print(
             f"{task.name}: stopped, for another worker was lost. The same "
-            "command, given to all workers, goes on.",
+            f"command, given to all workers, goes on. {error.message}",
             file=sys.stderr,
             flush=True,
         )
@@ -203,7 +206,9 @@ def _run(task, settings):
         f"{plan.iterations} at most, in {settings.model_dir}"
     )
     if chief:
-        _drop_rows(_path(settings, "log.csv"), first_epoch=progress.epoch)
+        model_directory.drop_rows(
+            _path(settings, "log.csv"), first_epoch=progress.epoch
+        )
     compiled_for = None
     while not progress.finished:
         if progress.phase != compiled_for:
@@ -212,9 +217,11 @@ def _run(task, settings):
                 _compile(model, plan, compiled_for, task, settings)
         _fit(model, plan, progress, task, settings, write=chief)
     result = _result(model, test_dataset, progress, task, settings)
-    if chief:
-        _write_json(_path(settings, "result.json"), result._asdict())
     say(f"{task.name}: {result}")
+    if chief:
+        model_directory.write_json(
+            _path(settings, "result.json"), result._asdict()
+        )
     return result
 
 
@@ -464,60 +471,13 @@ def _claim(settings, task, interval, *, write):
         "steps_per_row": interval,
         "schedule": task.schedule(settings.total_steps).get_config(),
     }
-    path = _path(settings, "run.json")
-    if os.path.exists(path):
-        with open(path) as file:
-            found = json.load(file)
-        changed = {
-            name for name in wanted if found.get(name) != wanted[name]
-        } - _free_to_change(settings)
-        if changed:
-            raise ValueError(
-                "The model directory holds another run. Expected the flags of "
-                f"that run, {found}, to go on with it, or another model_dir. "
-                f"Received: {wanted}, model_dir={settings.model_dir!r}"
-            )
-    if write:
-        os.makedirs(settings.model_dir, exist_ok=True)
-        _write_json(path, wanted)
-
-
-def _free_to_change(settings):
-    """Returns what of a run may be another when it goes on."""
     # AdaScale: averages and progress are in base batches, at any scale.
     adaptive = settings.algorithm in algorithms.ADAPTIVE_ALGORITHMS
-    if adaptive and not settings.elastic:
-        return {"scale", "steps_per_row"}
-    return set()
-
-
-def _drop_rows(log, *, first_epoch):
-    """Removes a log's rows from an epoch on: their checkpoint was not saved."""
-    if not os.path.exists(log):
-        return
-    with open(log, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    kept = [
-        row
-        for row in rows
-        # The last one may have been cut off.
-        if len(row) == len(header) and int(row[0]) < first_epoch
-    ]
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([header, *kept] if kept else [])
-    _write(log, text.getvalue())
+    may_change = {"scale", "steps_per_row"} if adaptive else set()
+    model_directory.claim(
+        settings.model_dir, wanted, may_change=may_change, write=write
+    )
 
 
 def _path(settings, name):
     return os.path.join(settings.model_dir, name)
-
-
-def _write_json(path, values):
-    _write(path, json.dumps(values, indent=2) + "\n")
-
-
-def _write(path, text):
-    """Writes a file, whole or not at all."""
-    with open(f"{path}.new", "w", newline="") as file:
-        file.write(text)
-    os.replace(f"{path}.new", path)

@@ -13,7 +13,6 @@ import types
 
 import keras
 import numpy as np
-import ports
 import pytest
 import tensorflow as tf
 from absl import flags as absl_flags
@@ -24,6 +23,8 @@ from examples import (
     data_flags,
     figures,
     flags,
+    launch,
+    model_directory,
     runs,
     strategies,
     training,
@@ -599,19 +600,22 @@ class TestGoingOn:
         assert result.examples == int(log[-1]["base_batches"]) * 16
 
     def test_a_full_disk_ends_no_run(self, tmp_path, monkeypatch):
-        # The log cannot be written when the second phase begins.
+        # Rows are dropped when a process begins, not when a phase does.
         whole = run(tmp_path, "whole", elastic="0:2,0.5:4")
-        write, full = training._write, []
+        write = model_directory.write_text
 
-        def write_once(path, text):
+        def refuse_log(path, text):
             if path.endswith("log.csv"):
-                full.append(path)
-                if len(full) > 1:
-                    raise OSError(errno.ENOSPC, "full")
+                raise OSError(errno.ENOSPC, "full")
             write(path, text)
 
-        monkeypatch.setattr(training, "_write", write_once)
+        monkeypatch.setattr(model_directory, "write_text", refuse_log)
         assert run(tmp_path, "full", elastic="0:2,0.5:4") == whole
+
+    def test_other_algorithms_do_not_go_on_at_another_scale(self, tmp_path):
+        run(tmp_path, "run", scale=2, algorithm="linear")
+        with pytest.raises(ValueError, match="holds another run"):
+            run(tmp_path, "run", scale=4, algorithm="linear")
 
 
 class TestLostWorker:
@@ -626,9 +630,10 @@ class TestLostWorker:
         with pytest.raises(SystemExit) as exit:
             training.run(one_layer(), training.Settings(strategy="multiworker"))
         assert exit.value.code == training.STOPPED
-        lines = capsys.readouterr().err.splitlines()
-        assert lines[0] == "one_layer: Another was lost."
-        assert "The same command, given to all workers, goes on." in lines[1]
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("one_layer: stopped, for another worker")
+        assert "The same command, given to all workers, goes on." in line
+        assert line.endswith("Another was lost.")
 
     def test_is_none_of_one_process(self, monkeypatch):
         self.lost(monkeypatch)
@@ -767,12 +772,12 @@ class TestLog:
     ):
         path = tmp_path / "log.csv"
         path.write_bytes(log.encode())
-        training._drop_rows(str(path), first_epoch=first_epoch)
+        model_directory.drop_rows(str(path), first_epoch=first_epoch)
         assert path.read_bytes().decode() == expected
         assert os.listdir(tmp_path) == ["log.csv"]
 
     def test_none_is_none(self, tmp_path):
-        training._drop_rows(str(tmp_path / "log.csv"), first_epoch=0)
+        model_directory.drop_rows(str(tmp_path / "log.csv"), first_epoch=0)
         assert not os.listdir(tmp_path)
 
     @pytest.mark.parametrize(
@@ -796,7 +801,7 @@ class TestWrite:
     def test_replaces_the_whole(self, tmp_path):
         path = tmp_path / "file"
         path.write_text("old and long")
-        training._write(str(path), "new\r\n")
+        model_directory.write_text(str(path), "new\r\n")
         assert path.read_bytes() == b"new\r\n"
         assert os.listdir(tmp_path) == ["file"]
 
@@ -807,16 +812,16 @@ class TestWrite:
         def replace(source, target):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(training.os, "replace", replace)
+        monkeypatch.setattr(model_directory.os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            training._write(str(path), "new")
+            model_directory.write_text(str(path), "new")
         assert path.read_text() == "old"
 
     def test_leaves_the_old_file_where_there_is_no_text(self, tmp_path):
         path = tmp_path / "file.json"
         path.write_text("old")
         with pytest.raises(TypeError, match="JSON"):
-            training._write_json(str(path), {"value": object()})
+            model_directory.write_json(str(path), {"value": object()})
         assert path.read_text() == "old"
 
     def test_leaves_the_old_file_where_the_disk_is_full(self, tmp_path):
@@ -826,7 +831,7 @@ class TestWrite:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3, hard))
         try:
             with pytest.raises(OSError, match="too large"):
-                training._write(str(path), "new and longer")
+                model_directory.write_text(str(path), "new and longer")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_text() == "old"
@@ -881,7 +886,7 @@ print(strategies.make("mirrored", replicas=2).num_replicas_in_sync)
 
     @pytest.mark.multiworker
     def test_two_workers_see_the_examples_of_one(self, tmp_path):
-        addresses = [f"127.0.0.1:{port}" for port in ports.free(2)]
+        addresses = [f"127.0.0.1:{port}" for port in launch.free_ports(2)]
         processes = []
         for index in range(2):
             task = {"type": "worker", "index": index}

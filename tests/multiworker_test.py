@@ -1,16 +1,20 @@
 """K1: `fit` under MultiWorkerMirroredStrategy, in two real processes."""
 
+import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import keras
 import multiworker_worker
 import numpy as np
-import ports
 import pytest
+import tensorflow as tf
+
+from examples import launch, study, training
 
 pytestmark = pytest.mark.multiworker
 
@@ -40,7 +44,7 @@ def start(index, addresses):
 @pytest.fixture(scope="module")
 def workers():
     """What each of two workers printed, which ran once for all tests."""
-    addresses = [f"127.0.0.1:{port}" for port in ports.free(NUM_WORKERS)]
+    addresses = [f"127.0.0.1:{port}" for port in launch.free_ports(NUM_WORKERS)]
     processes = [start(index, addresses) for index in range(NUM_WORKERS)]
     try:
         outputs = [
@@ -71,9 +75,9 @@ def test_the_workers_agree_to_the_bit(workers):
 
 
 def test_all_steps_are_taken(workers):
-    # Two epochs; the executions of an epoch take 4 and 2 steps.
+    # Two epochs; the last execution of an epoch's 25 steps takes one.
     for worker in workers:
-        assert worker["iterations"] == 2 * multiworker_worker.STEPS
+        assert worker["iterations"] == 50
         assert set(worker["history"]) == {"loss", "mae", "val_loss", "val_mae"}
 
 
@@ -137,7 +141,7 @@ def adasum_steps(weights, combine):
         array.reshape(multiworker_worker.STEPS, NUM_WORKERS, -1, array.shape[1])
         for array in multiworker_worker.data()
     )
-    for step in range(multiworker_worker.ADASUM_STEPS):
+    for step in np.tile(range(multiworker_worker.STEPS), 2):
         gradients = [gradients_of(weights, *xy) for xy in zip(x[step], y[step])]
         if combine == "gradients":
             gradients = [list(map(adasum_of, *gradients))] * NUM_WORKERS
@@ -157,4 +161,86 @@ def test_adasum_of_both_workers(workers, combine):
     model = multiworker_worker.compiled(keras.Model, "sgd")
     expected = adasum_steps(model.get_weights(), combine)
     for received, weight in zip(first["weights"], expected, strict=True):
+        # 50 steps in float32 against float64.
+        np.testing.assert_allclose(received, weight, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("combine", ["updates", "gradients"])
+def test_two_local_replicas_train_the_same_by_adasum(
+    workers, strategy_of, combine
+):
+    local = multiworker_worker.adasum(
+        strategy_of(2), *multiworker_worker.data(), combine
+    )
+    remote = workers[0]["adasum"][combine]
+    for received, weight in zip(
+        remote["weights"], local["weights"], strict=True
+    ):
         np.testing.assert_allclose(received, weight, rtol=0, atol=1e-6)
+
+
+def test_each_example_is_seen_by_one_worker_once_a_pass(workers):
+    of_workers = [np.ravel(worker["examples"]) for worker in workers]
+    assert len(of_workers[0]) == len(of_workers[1]) == 48
+    assert sorted(np.concatenate(of_workers)) == list(range(96))
+
+
+class Workers:
+    """A strategy of several workers, seen from one: what data needs of it."""
+
+    def __init__(self, context):
+        self._context = context
+
+    def distribute_datasets_from_function(self, function):
+        return function(self._context)
+
+
+def shares(task, *, workers, replicas, scale, start=0):
+    """Returns each worker's batches of a trainer's data, as `fit` gets them."""
+    settings = training.Settings(seed=1)
+    return [
+        training._distributed(
+            task,
+            types.SimpleNamespace(
+                base_batches=start, phase=types.SimpleNamespace(scale=scale)
+            ),
+            settings,
+            types.SimpleNamespace(
+                distribute_strategy=Workers(
+                    tf.distribute.InputContext(
+                        workers, index, workers * replicas
+                    )
+                )
+            ),
+        )
+        for index in range(workers)
+    ]
+
+
+def test_two_workers_of_two_replicas_see_each_example_once():
+    task = types.SimpleNamespace(
+        base_batch=multiworker_worker.BASE_BATCH,
+        train_dataset=multiworker_worker.counted_dataset,
+    )
+    parts = [
+        [index.numpy() for index, _ in dataset.take(12)]
+        for dataset in shares(task, workers=2, replicas=2, scale=4)
+    ]
+    # 96 examples in batches of 4 * 4, a quarter for each replica.
+    assert {len(part) for worker in parts for part in worker} == {4}
+    assert sorted(np.ravel(parts)) == list(range(96))
+
+
+@pytest.mark.parametrize("name", ["digits", *study.SCALES])
+def test_workers_of_every_trainer_share_a_batch(name):
+    train = importlib.import_module(f"examples.{name}.train")
+    task = train.task()
+    (whole,) = shares(task, workers=1, replicas=1, scale=4, start=3)
+    halves = shares(task, workers=2, replicas=1, scale=4, start=3)
+    for batch, *parts in zip(whole.take(2), *halves):
+        for one, *two in zip(*map(tf.nest.flatten, (batch, *parts))):
+            assert len(two[0]) == len(two[1]) == len(one) // 2
+            # Smaller batches are resized by other vector instructions.
+            np.testing.assert_allclose(
+                np.concatenate(two), one, rtol=0, atol=1e-5
+            )

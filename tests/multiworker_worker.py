@@ -8,6 +8,7 @@ The last line of its output is a JSON object.
 import hashlib
 import json
 import os
+import types
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -17,11 +18,14 @@ import numpy as np
 import tensorflow as tf
 
 import tf_adascale
+from examples import streams, training
 
 BATCH = 16
-STEPS = 6
+STEPS = 25
+EPOCHS = 2
 STEPS_PER_EXECUTION = 4
-ADASUM_STEPS = 3
+# Examples of a pass, their base batch, and the scale.
+EXAMPLES, BASE_BATCH, SCALE = 96, 4, 4
 
 
 def data():
@@ -62,7 +66,11 @@ def train(strategy, x, y):
         )
     batches = dataset(x, y)
     history = model.fit(
-        batches, epochs=2, validation_data=batches, verbose=0, shuffle=False
+        batches,
+        epochs=EPOCHS,
+        validation_data=batches,
+        verbose=0,
+        shuffle=False,
     )
     return model, {
         "history": history.history,
@@ -75,14 +83,13 @@ def train(strategy, x, y):
 
 
 def adasum(strategy, x, y, combine):
-    """Returns the weights after some steps of Adasum, and their digest."""
+    """Returns the weights after all steps by Adasum, and their digest."""
     with strategy.scope():
         inner = keras.optimizers.SGD(0.05, momentum=0.9)
         model = compiled(
             tf_adascale.Model, tf_adascale.Adasum(inner, combine=combine)
         )
-    rows = BATCH * ADASUM_STEPS
-    model.fit(dataset(x[:rows], y[:rows]), verbose=0, shuffle=False)
+    model.fit(dataset(x, y), epochs=EPOCHS, verbose=0, shuffle=False)
     weights = [weight.tolist() for weight in model.get_weights()]
     return {"weights": weights, "digest": digest(model)}
 
@@ -96,6 +103,33 @@ def stock_error(strategy, x, y):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def counted_dataset(batch_size, *, seed, start, share):
+    """Returns batches of the numbers of examples."""
+    stream = streams.indices(EXAMPLES, seed=seed, start=start, share=share)
+    return streams.batches(stream, batch_size, share=share).map(
+        lambda index, draws: (index, index)
+    )
+
+
+def examples_of_a_pass(strategy):
+    """Returns what this worker's replicas see in one pass, step by step."""
+    name = types.SimpleNamespace
+    distributed = training._distributed(
+        name(base_batch=BASE_BATCH, train_dataset=counted_dataset),
+        name(base_batches=0, phase=name(scale=SCALE)),
+        training.Settings(),
+        name(distribute_strategy=strategy),
+    )
+    iterator = iter(distributed)
+    return [
+        [
+            part.numpy().tolist()
+            for part in strategy.experimental_local_results(next(iterator)[0])
+        ]
+        for _ in range(EXAMPLES // (SCALE * BASE_BATCH))
+    ]
 
 
 def digest(model):
@@ -115,6 +149,7 @@ def main():
     result = {**result, "stock": stock, "digest": digest(model)}
     predicted = model.predict(dataset(x, y), verbose=0)
     result["predicted"] = predicted.ravel().tolist()
+    result["examples"] = examples_of_a_pass(strategy)
     result["adasum"] = {
         combine: adasum(strategy, x, y, combine)
         for combine in ("updates", "gradients")

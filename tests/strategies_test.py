@@ -7,12 +7,11 @@ import subprocess
 import sys
 import types
 
-import ports
 import pytest
 import tensorflow as tf
 from tensorflow.python.distribute import tpu_strategy
 
-from examples import strategies
+from examples import launch, strategies
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Both start in some 10 seconds; a machine may be busy.
@@ -92,7 +91,7 @@ class TestChief:
 
     @pytest.mark.multiworker
     def test_is_the_first_of_workers_alone(self):
-        first, second = (f"127.0.0.1:{port}" for port in ports.free(2))
+        first, second = (f"127.0.0.1:{port}" for port in launch.free_ports(2))
         assert self.run({"worker": [first, second]}) == {
             "worker:0": [True, 2],
             "worker:1": [False, 2],
@@ -100,7 +99,7 @@ class TestChief:
 
     @pytest.mark.multiworker
     def test_is_not_a_worker_where_there_is_a_chief(self):
-        first, second = (f"127.0.0.1:{port}" for port in ports.free(2))
+        first, second = (f"127.0.0.1:{port}" for port in launch.free_ports(2))
         assert self.run({"chief": [first], "worker": [second]}) == {
             "chief:0": [True, 2],
             "worker:0": [False, 2],

@@ -150,7 +150,8 @@ class Checkpoint(keras.callbacks.Callback):
         )
 
     List it last: what other callbacks do at the end of an epoch is done then.
-    The next process may have other replicas, workers or micro-batches.
+    The next process may have other replicas, workers or micro-batches. What
+    other callbacks remember, as `EarlyStopping` does, is not saved.
 
     Args:
         directory: string, where all workers see it. The chief writes there.

@@ -298,7 +298,8 @@ def agree(strategy, number):
     if num_workers(strategy) == 1:
         return True
     number = tf.constant(number, tf.int64)
-    values = tf.function(strategy.run)(lambda: tf.identity(number))
+    run_all = tf.function(strategy.run, autograph=False)
+    values = run_all(lambda: tf.identity(number))
     sum_of_all = strategy.reduce("SUM", values, axis=None)
     return bool(sum_of_all == number * strategy.num_replicas_in_sync)
 
