@@ -58,8 +58,9 @@ bench: $(VENV)/installed-demo  ## Time a step of AdaScale, and of Adasum, agains
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.adasum_time
 
-soak: $(VENV)/installed-demo  ## Train 20,000 steps on two workers: time, memory, progress
-	$(BIN)/python -m benchmarks.soak
+soak: $(VENV)/installed-demo  ## Train 20,000 steps on one worker, then on two: time, memory, progress
+	$(BIN)/python -m benchmarks.soak --workers=1 --out=out/soak/one
+	$(BIN)/python -m benchmarks.soak --out=out/soak
 
 clean:  ## Remove outputs and caches
 	rm -rf out dist *.egg-info .hypothesis .pytest_cache .ruff_cache

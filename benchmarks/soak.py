@@ -5,8 +5,10 @@ with micro-batches and XLA, one step per execution. README.md says what a run
 printed. Expected is, of each worker,
 
 Step time   The median of the last thousand steps is within 5 % of that of the
-            first thousand. (A mean would be that of the few steps during which
-            the machine did something else.) The first hundred steps, in which
+            first thousand, or as near as the noise lets one tell: twice the
+            standard error of such a ratio, by how thousands differ from the
+            next. (A mean would be that of the few steps during which the
+            machine did something else.) The first hundred steps, in which
             graphs are traced and compiled, do not count.
 Memory      Over the second half, resident memory grows by less than 100 bytes a
             step, beyond what TensorFlow's collectives keep of every execution:
@@ -230,11 +232,29 @@ def step_time(rows):
             ("processor", np.mean),
         )
     ]
+    noise = ratio_error(rows)
     return Finding(
-        "step time: last {} steps / first {}: median {:.3f}; mean {:.3f}, "
-        "the processor's {:.3f}".format(len(last), len(first), *ratios),
-        abs(ratios[0] - 1) <= MAX_DRIFT,
+        "step time: last {} steps / first {}: median {:.3f} (standard error "
+        "{:.3f}); mean {:.3f}, the processor's {:.3f}".format(
+            len(last), len(first), ratios[0], noise, *ratios[1:]
+        ),
+        abs(ratios[0] - 1) <= MAX_DRIFT + 2 * noise,
     )
+
+
+def ratio_error(rows):
+    """Returns the standard error of a ratio of two thousands' median times.
+
+    Of thousands whose medians scatter by s about a slow drift, one differs from
+    the next by 1.4142 s, half of them by less than 0.6745 times that; and so
+    does any ratio of two, near 1.
+    """
+    parts = [rows[i : i + WINDOW] for i in range(0, len(rows), WINDOW)]
+    medians = np.array([np.median(part["clock"]) for part in parts])
+    if len(medians) < 3:
+        return 0.0
+    differences = np.abs(np.diff(medians)) / np.mean(medians)
+    return float(np.median(differences)) / 0.6745
 
 
 def growth(rows):

@@ -59,16 +59,35 @@ def test_windows(num_steps, first, last):
     ("slowdown", "holds"), [(1.04, True), (1.06, False), (0.94, False)]
 )
 def test_step_time_compares_medians(slowdown, holds):
-    rows = rows_of(3000)
-    rows["clock"][2000:] *= slowdown
+    rows = rows_of(4000)
+    rows["clock"][3000:] *= slowdown
     # One step in three that is held up moves the mean, not the median.
-    rows["clock"][2000::3] *= 10
+    rows["clock"][3000::3] *= 10
     finding = soak.step_time(rows)
     assert finding.holds == holds
-    assert f"median {slowdown:.3f};" in finding.text
+    assert f"median {slowdown:.3f} (standard error 0.000);" in finding.text
     # 333 2/3 tenfold and 666 1/3 as they are; of 1000, 334 and 666.
     mean = slowdown * (334 * 10 + 666) / 1000
     assert f"mean {mean:.3f}, the processor's 1.000" in finding.text
+
+
+@pytest.mark.parametrize(("drift", "holds"), [(0.16, True), (0.18, False)])
+def test_step_time_allows_for_twice_its_standard_error(drift, holds):
+    # Thousands at 2 and 2.08 ms in turn: 0.08 / 2.0356 / 0.6745 is 0.0583, and
+    # with the last one, which is slower, a little less.
+    rows = rows_of(9000)
+    for begin in range(1000, 8000, 2000):
+        rows["clock"][begin : begin + 1000] *= 1.04
+    assert soak.ratio_error(rows) == pytest.approx(0.0583, abs=1e-4)
+    rows["clock"][8000:] *= 1 + drift
+    assert soak.step_time(rows).holds == holds
+
+
+def test_a_steady_drift_is_no_noise():
+    rows = rows_of(20_000)
+    rows["clock"] *= 1 + 0.1 * rows["step"] / 20_000
+    # 0.5 % from a thousand to the next, 9.5 % in all.
+    assert not soak.step_time(rows).holds
 
 
 @pytest.mark.parametrize(
