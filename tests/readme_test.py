@@ -10,7 +10,7 @@ import tf_adascale
 from tf_adascale import forecast
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-TRAINING, RECORDING = re.findall(
+TRAINING, RECORDING, SURVIVING = re.findall(
     r"```python\n(.*?)```", README.read_text(), re.DOTALL
 )
 
@@ -71,3 +71,27 @@ def test_the_recorded_run_is_forecast_from(tmp_path):
     steps = forecast.iterations(record, 4)
     # The gains are float32.
     assert abs(steps - int(optimizer.iterations.numpy())) < 1e-4
+
+
+def test_the_run_goes_on_in_the_next_process(tmp_path):
+    code = SURVIVING.replace('"run"', repr(str(tmp_path)))
+    code = code.replace("steps_per_epoch=100", "steps_per_epoch=3")
+    steps = 0
+    for total_steps in (8, 16):
+        inputs = keras.Input((3,))
+        model = tf_adascale.Model(inputs, keras.layers.Dense(2)(inputs))
+        sgd = keras.optimizers.SGD(0.1)
+        optimizer = tf_adascale.AdaScale(sgd)
+        model.compile(optimizer, loss=_loss(), microbatches=2)
+        names = {
+            "tf_adascale": tf_adascale,
+            "model": model,
+            "dataset": _dataset(),
+            "stop": tf_adascale.callbacks.StopAtScaleInvariantStep(total_steps),
+        }
+        exec(compile(code, str(README), "exec"), names)
+        tau = float(optimizer.scale_invariant_step)
+        assert total_steps <= tau < total_steps + 2
+        assert names["checkpoint"].step > steps
+        steps = names["checkpoint"].step
+        assert int(optimizer.iterations.numpy()) == steps

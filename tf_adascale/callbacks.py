@@ -214,6 +214,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._is_time = replicas.preemption_check(
             self._strategy, self._is_asked.is_set
         )
+        self._asked_at = 0.0
         self._stopped = False
         self._previous_handler = None
 
