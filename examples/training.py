@@ -473,7 +473,9 @@ def _claim(settings, task, interval, *, write):
     }
     # AdaScale: averages and progress are in base batches, at any scale.
     adaptive = settings.algorithm in algorithms.ADAPTIVE_ALGORITHMS
-    may_change = {"scale", "steps_per_row"} if adaptive else set()
+    may_change = set()
+    if adaptive and not settings.elastic:
+        may_change = {"scale", "steps_per_row"}
     model_directory.claim(
         settings.model_dir, wanted, may_change=may_change, write=write
     )

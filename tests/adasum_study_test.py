@@ -93,7 +93,7 @@ class TestTrained:
         monkeypatch.setattr(
             strategies,
             "make",
-            lambda strategy, *, replicas, tpu: strategy_of(replicas or 1),
+            lambda strategy, *, replicas, **_: strategy_of(replicas or 1),
         )
 
     @pytest.mark.parametrize("method", ["updates", "single"])

@@ -16,7 +16,11 @@ import tensorflow as tf
 
 from examples import launch, study, training
 
-pytestmark = pytest.mark.multiworker
+pytestmark = [
+    pytest.mark.multiworker,
+    # The processes run once for all tests.
+    pytest.mark.xdist_group("multiworker"),
+]
 
 TESTS = pathlib.Path(__file__).parent
 NUM_WORKERS = 2

@@ -34,6 +34,9 @@ STEPS_PER_ROW = 2
 # Rows of one step.
 SHORT_TRAINER = ("examples.digits.train", "--scale=4", "--total_steps=200")
 
+# What is trained to its end, for comparison, is trained once for all tests.
+pytestmark = pytest.mark.xdist_group("survival")
+
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="looks for workers in /proc"
 )
@@ -413,7 +416,8 @@ class TestTwoWorkers:
         _, ends = hunted
         end = ends["one is killed"]
         assert end.code == 128 + signal.SIGKILL
-        assert "[0] digits: Another worker was lost." in end.errors
+        assert "[0] digits: stopped, for another worker was lost." in end.errors
+        assert "Expected all workers of the cluster to train" in end.errors
         assert end.seconds < 60
 
     def test_restarted_all_go_on(self, hunted, whole_of_two):
