@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 SHELL := bash
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-PYTEST := -m pytest --numprocesses 2 --dist loadgroup
+PYTEST := -m pytest --numprocesses 2
 SOURCES := $(wildcard tf_adascale tests examples benchmarks setup.py)
 
 # Quiet runs; the library itself touches no environment variable.

@@ -1,5 +1,7 @@
 """`Model` against stock Keras, steps written by hand, other strategies."""
 
+import contextlib
+import io
 import itertools
 
 import keras
@@ -8,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tf_adascale
+from tf_adascale import replicas
 
 BATCH = 8
 RATE = 0.1
@@ -1003,3 +1006,33 @@ class TestMixedPrecision:
         assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         x, y = data()
         assert np.isfinite(fit(model, batches(x / 8, y / 8))["loss"][0])
+
+
+class TestProgressBar:
+    """Of several workers the chief shows it, unless one says otherwise."""
+
+    X, Y = np.ones((8, 1), "float32"), np.ones((8, 1), "float32")
+
+    def shown(self, method, *args, **kwargs):
+        inputs = keras.Input((1,))
+        model = tf_adascale.Model(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+        buffer = io.StringIO()
+        with contextlib.redirect_stdout(buffer):
+            getattr(model, method)(*args, **kwargs)
+        return bool(buffer.getvalue())
+
+    @pytest.mark.parametrize("is_chief", [True, False])
+    def test_is_the_chiefs(self, is_chief, monkeypatch):
+        monkeypatch.setattr(replicas, "is_chief", lambda strategy: is_chief)
+        assert self.shown("fit", self.X, self.Y) == is_chief
+        assert self.shown("evaluate", self.X, self.Y) == is_chief
+        assert self.shown("predict", self.X) == is_chief
+
+    def test_is_anyones_who_asks_for_it(self, monkeypatch):
+        monkeypatch.setattr(replicas, "is_chief", lambda strategy: False)
+        assert self.shown("fit", self.X, self.Y, verbose=1)
+        # By its place: fit(x, y, batch_size, epochs, verbose).
+        assert self.shown("fit", self.X, self.Y, 4, 1, 1)
+        assert self.shown("evaluate", self.X, self.Y, 4, 1)
+        assert self.shown("predict", self.X, 4, 1)

@@ -16,11 +16,7 @@ import tensorflow as tf
 
 from examples import launch, study, training
 
-pytestmark = [
-    pytest.mark.multiworker,
-    # The processes run once for all tests.
-    pytest.mark.xdist_group("multiworker"),
-]
+pytestmark = pytest.mark.multiworker
 
 TESTS = pathlib.Path(__file__).parent
 NUM_WORKERS = 2

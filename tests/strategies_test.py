@@ -115,14 +115,16 @@ class TestChief:
         assert strategies.is_chief(types.SimpleNamespace(extended=extended))
 
 
+STEP = {
+    "SLURM_JOB_ID": "1025",
+    "SLURM_STEP_NUM_TASKS": "4",
+    # What Slurm makes of n2 and n10, with two tasks on each.
+    "SLURM_STEP_NODELIST": "n[2,10]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+
+
 class TestSlurm:
-    STEP = {  # noqa: RUF012
-        "SLURM_JOB_ID": "1025",
-        "SLURM_STEP_NUM_TASKS": "4",
-        # What Slurm makes of n2 and n10, with two tasks on each.
-        "SLURM_STEP_NODELIST": "n[2,10]",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    }
     TASKS = (("n2", 0), ("n2", 1), ("n10", 0), ("n10", 1))
 
     @pytest.fixture(autouse=True)
@@ -143,7 +145,7 @@ class TestSlurm:
             "SLURMD_NODENAME": node,
             "SLURM_LOCALID": str(local),
         }
-        for name, value in {**self.STEP, **task, **changes}.items():
+        for name, value in {**STEP, **task, **changes}.items():
             monkeypatch.setenv(name, value)
         return strategies.make("multiworker", cluster="slurm").cluster_resolver
 

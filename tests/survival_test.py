@@ -34,9 +34,6 @@ STEPS_PER_ROW = 2
 # Rows of one step.
 SHORT_TRAINER = ("examples.digits.train", "--scale=4", "--total_steps=200")
 
-# What is trained to its end, for comparison, is trained once for all tests.
-pytestmark = pytest.mark.xdist_group("survival")
-
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="looks for workers in /proc"
 )
