@@ -9,6 +9,7 @@ SHELL := bash
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses 2
+TESTS := --ignore tests/tpu
 SOURCES := $(wildcard tf_adascale tests examples benchmarks setup.py)
 
 # Quiet runs; the library itself touches no environment variable.
@@ -16,8 +17,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo study test test-versions test-oldest test-newest test-tpu \
-	lint types format bench soak clean distclean
+.PHONY: help demo study test test-fast test-versions test-oldest test-newest \
+	test-tpu lint types format bench soak clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' \
@@ -27,17 +28,20 @@ demo: $(VENV)/installed-demo  ## Train digits at S = 1 and S = 64 (out/demo)
 	$(BIN)/python -m examples.digits.demo
 
 study: $(VENV)/installed-demo  ## Train the five miniatures by the paper's algorithms (out/study)
-	$(BIN)/python -m examples.study
-	$(BIN)/python -m examples.imagenet.elastic_demo
-	$(BIN)/python -m examples.digits.elastic_demo
+	$(BIN)/python -m examples.studies.benchmarks
+	$(BIN)/python -m examples.studies.imagenet_elastic
+	$(BIN)/python -m examples.studies.digits_elastic
 
-test: $(VENV)/installed-test  ## Run all tests
-	$(BIN)/python $(PYTEST) $(PYTEST_FLAGS)
+test: $(VENV)/installed-test  ## Run all tests but those for TPUs
+	$(BIN)/python $(PYTEST) $(TESTS) $(PYTEST_FLAGS)
 
-test-versions: test-oldest test-newest  ## Run them on the oldest and the newest versions
+test-fast: $(VENV)/installed-test  ## Run the tests of the arithmetic and of the optimizers
+	$(BIN)/python $(PYTEST) tests/ops tests/optimizers $(PYTEST_FLAGS)
+
+test-versions: test-oldest test-newest  ## Run all tests on the oldest and the newest versions
 
 test-oldest test-newest: test-%: out/versions/%/installed
-	out/versions/$*/bin/python $(PYTEST) $(PYTEST_FLAGS)
+	out/versions/$*/bin/python $(PYTEST) $(TESTS) $(PYTEST_FLAGS)
 
 test-tpu: out/tpu/installed  ## Compile train steps for TPUs, without a TPU
 	out/tpu/bin/python $(PYTEST) --dist loadfile $(PYTEST_FLAGS) \

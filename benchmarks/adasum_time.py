@@ -1,17 +1,17 @@
-"""Times Adasum's training step over plain summing.
+"""Compares the step time of Adasum with plain summation.
 
-SGD with momentum, whose gradients are summed over the replicas, against Adasum
-around it, under 2, 4 and 8 logical CPU devices, for a model of which nearly all
-is one variable. One process for each number of replicas; in it the variants
-take turns as in `benchmarks.step_time`. README.md says what a run printed.
+Runs SGD with momentum, which sums the gradients of the replicas, and Adasum
+around it, on 2, 4 and 8 logical CPU devices. Nearly all of the model is one
+variable. Each number of replicas has its own process, in which the variants
+take turns like in `benchmarks.step_time`. README.md shows the output of a run.
 
-Peak memory is that of a process for each variant. What it has over that of
-plain summing is given in copies of the model per replica. In these processes
-large tensors return to the system at once, so that what an allocator keeps does
-not count.
+Each variant's transient memory, the memory that only a step needs, is measured
+in a separate process, in copies of the model per replica. These processes
+return large tensors to the system at once, so that allocators do not matter.
 
-What a replica receives is counted while a step is traced: of what N gather, the
-N - 1 parts of the others, and 2 (N - 1) / N of what they all-reduce in a ring.
+The bytes that a replica receives are counted while a step is traced. An
+all-gather of N replicas receives the N - 1 parts of the others, and a ring
+all-reduce receives 2 (N - 1) / N of the values.
 """
 
 import os
@@ -25,10 +25,10 @@ from keras import layers
 
 import tf_adascale
 from benchmarks import step_time
-from examples import runs
+from examples.common import runs
 
-# What makes a process return large tensors to the system at once: oneDNN has an
-# allocator that does not, and glibc keeps what is under this size.
+# These settings return large tensors to the system at once: the allocator of
+# oneDNN does not, and glibc does only above this size.
 NOTHING_KEPT = {
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "MALLOC_MMAP_THRESHOLD_": str(2**16),
@@ -39,7 +39,7 @@ MEBIBYTE = 2**20
 
 
 class Measured(NamedTuple):
-    """What was found of some variants under one number of replicas.
+    """Measurements of some variants with one number of replicas.
 
     Attributes:
         times: dict of `step_time.Times`.
@@ -77,7 +77,7 @@ VARIANTS = {
     "updates": step_time.Variant(tf_adascale.Model, updates),
     "gradients": step_time.Variant(tf_adascale.Model, gradients),
 }
-# Other sizes of what is gathered at a time than `replicas.BYTES_PER_GATHER`.
+# Values that replace `collectives.BYTES_PER_GATHER`.
 GATHERS = {
     f"updates, {size} MiB": step_time.Variant(
         tf_adascale.Model, updates, {"BYTES_PER_GATHER": size * MEBIBYTE}
@@ -90,30 +90,30 @@ GATHERS = {
 
 
 def transient_memory(workload, variant, num_replicas):
-    """Returns the bytes that are resident at the peak of a step only.
+    """Returns the resident bytes at the peak of a step, minus those before it.
 
-    Of Linux. To be called in a process of its own, see `runs.alone`.
+    Works on Linux only. Call it in a separate process, see `runs.alone`.
     """
     strategy = step_time.make_strategy(num_replicas)
     batch = step_time.make_batch(workload, strategy)
     trainer = step_time.make_trainer(workload, variant, strategy, batch)
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # The peak begins anew.
+        file.write("5")  # Resets the peak.
     trainer.train(1)
     return _status("VmHWM") - before
 
 
 def _status(name):
-    """Returns bytes that Linux tells of this process."""
+    """Returns a number of bytes from the status of this process, on Linux."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return 1024 * int(fields[name].split()[0])
 
 
 def measured(workload, variants, num_replicas, *, rounds, steps):
-    """Returns `Measured`. Call it before anything else touches TensorFlow."""
-    logging.set_verbosity(logging.ERROR)  # TensorFlow tells of each all-reduce.
+    """Returns `Measured`. Call this before TensorFlow initializes devices."""
+    logging.set_verbosity(logging.ERROR)  # TensorFlow logs each all-reduce.
     strategy = step_time.make_strategy(num_replicas)
     times, models = step_time.timed(
         workload, variants, strategy, rounds=rounds, steps=steps
@@ -139,7 +139,7 @@ def received(model, strategy, batch):
             nonlocal total
             for value in tf.nest.flatten(arguments[-1]):
                 size = value.shape.num_elements() * value.dtype.size
-                total += parts * size / count  # All replicas come by here.
+                total += parts * size / count  # Each replica calls this.
             return method(context, *arguments, **options)
 
         return call
@@ -192,12 +192,12 @@ flags.set_default(step_time.STEPS, 1)
 REPLICAS = flags.DEFINE_multi_integer(
     "num_replicas",
     [2, 4, 8],
-    "How many there are; repeatable. The last has all variants.",
+    "Number of replicas; repeatable. All variants run with the last one.",
 )
 
 
 def main(arguments):
-    """Measures and prints."""
+    """Measures and prints the tables."""
     if len(arguments) > 1:
         raise app.UsageError(f"Unknown arguments: {arguments[1:]}")
     for num_replicas in REPLICAS.value:

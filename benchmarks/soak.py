@@ -1,29 +1,29 @@
-"""Trains for long, and looks whether anything creeps: `make soak`.
+"""Trains for many steps and checks that no cost grows: `make soak`.
 
-Workers of a `MultiWorkerMirroredStrategy` train a small model in `fit`, each
-with micro-batches and XLA, one step per execution. README.md says what a run
-printed. Expected is, of each worker,
+Workers of a `MultiWorkerMirroredStrategy` train a small model with `fit`, with
+micro-batches, XLA and one step per execution. README.md shows the output of a
+run. Three findings must hold for each worker:
 
 Step time   The median of the last thousand steps is at most 5 % above that of
-            the first thousand, or as near as the noise lets one tell: twice
-            the standard error of such a ratio, by how thousands differ from
-            the next. (A mean would be that of the few steps during which the
-            machine did something else.) The first hundred steps, in which
-            graphs are traced and compiled, do not count.
-Memory      Over the second half, resident memory grows by less than 100 bytes a
-            step, beyond what TensorFlow's collectives keep of every execution:
-            that is measured with bare ones, after training, and differs by a
-            tenth between workers. For one worker it is nothing, which makes
-            the sharper test. Both are slopes of the line of least squares,
-            and may differ by twice their standard error besides.
-tau         The scale-invariant step is the sum of the gains in the logs, to the
-            bit. A gain in [1, 2^24) is a multiple of 2^-23, and so is tau:
-            up to 2^30 a float64 has it exactly.
+            the first thousand, plus twice the standard error of such a ratio.
+            The standard error is estimated from differences of successive
+            thousands. A mean would depend on the few steps in which the machine
+            was busy. The first hundred steps trace and compile graphs, so they
+            do not count.
+Memory      Resident memory grows by less than 100 bytes per step over the
+            second half, plus the bytes that TensorFlow's collectives keep of
+            each execution. Bare all-reduces after training measure these. They
+            differ by a tenth between workers, and are zero for one worker,
+            which is the sharper test. Both growths are slopes of least squares,
+            and may differ by twice their standard errors.
+tau         The scale-invariant step is exactly the sum of the gains in the
+            logs. A gain in [1, 2^24) is a multiple of 2^-23, and so is tau. A
+            float64 represents such numbers exactly up to 2^30.
 
     python -m benchmarks.soak --steps=20000 --workers=2 --out=out/soak
 
-writes steps-0.csv, a row per step of worker 0, and so on, and soak.png. The
-exit code is 1 unless all is as expected.
+The command writes a file steps-0.csv with a row per step of worker 0, one such
+file for each worker, and soak.png. It exits with code 1 if a finding fails.
 """
 
 import argparse
@@ -42,8 +42,9 @@ from keras import layers
 from matplotlib import ticker
 
 import tf_adascale
-from examples import figures, launch
-from tf_adascale import replicas
+from examples import launch
+from examples.common import figures
+from tf_adascale.distribute import collectives
 
 MICROBATCHES = 2
 BASE_BATCH = 8
@@ -53,18 +54,18 @@ EXAMPLES = 4096
 WARMUP_STEPS = 100
 WINDOW = 1000
 MEMORY_INTERVAL = 100
-# Of a training step: the gradients in one, and the mean of the loss.
+# A training step has two: the gradients, and the mean of the loss.
 ALL_REDUCES = 2
 MAX_DRIFT = 0.05
 MAX_BYTES_PER_STEP = 100
-# Of what the bare all-reduces keep: two workers of a run differ by as much.
+# Relative difference between workers of the bytes that bare all-reduces keep.
 SPREAD = 0.1
 
 COLUMNS = ("step", "clock", "processor", "gain", "tau", "resident")
 
 
 class Finding(NamedTuple):
-    """What was found, in words, and whether it is as expected."""
+    """A finding in words, and whether it holds."""
 
     text: str
     holds: bool
@@ -74,9 +75,9 @@ class Finding(NamedTuple):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Writes a row per step to a CSV: seconds, gain, tau, resident bytes.
+    """Writes a CSV row per step: seconds, gain, tau, resident bytes.
 
-    To be listed after `tf_adascale.callbacks.ScalingLog`.
+    List it after `tf_adascale.callbacks.ScalingLog`.
 
     Args:
         path: str.
@@ -87,7 +88,7 @@ class Recorder(keras.callbacks.Callback):
         self._path = path
 
     def on_train_begin(self, logs=None):
-        """Opens the file: rows kept in memory would make it grow."""
+        """Opens the file. Rows kept in memory would make the process grow."""
         self._file = open(self._path, "w", newline="")  # noqa: SIM115
         self._writer = csv.writer(self._file)
         self._writer.writerow(COLUMNS)
@@ -122,7 +123,7 @@ def resident_bytes():
 
 
 def make_model(num_steps):
-    """Returns a compiled model, to be trained for so many steps."""
+    """Returns a model that is compiled for a number of steps."""
     inputs = keras.Input((FEATURES,))
     hidden = layers.Dense(64, activation="relu")(inputs)
     model = tf_adascale.Model(inputs, layers.Dense(1)(hidden))
@@ -139,7 +140,7 @@ def make_model(num_steps):
 
 
 def make_dataset(num_replicas):
-    """Returns endless batches of a linear function, half of which is noise."""
+    """Returns endless batches of a linear function plus as much noise."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((EXAMPLES, FEATURES)).astype("float32")
     noise = rng.standard_normal(EXAMPLES)
@@ -149,7 +150,7 @@ def make_dataset(num_replicas):
 
 
 def train(out, num_steps):
-    """Trains as one of the workers in TF_CONFIG, then all-reduces only."""
+    """Trains as a worker of TF_CONFIG, then runs bare all-reduces."""
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(0)
     with strategy.scope():
@@ -170,14 +171,14 @@ def train(out, num_steps):
 
 
 def all_reduce(strategy, num_steps, path):
-    """Executes nothing but all-reduces; writes the resident bytes to a CSV."""
+    """Executes only all-reduces and writes the resident bytes to a CSV."""
 
     @tf.function(autograph=False)
     def execute():
         def of_replica():
             value = tf.zeros(())
             for _ in range(ALL_REDUCES):
-                (value,) = replicas.total([value])
+                (value,) = collectives.total([value])
             return value
 
         return strategy.run(of_replica)
@@ -186,7 +187,7 @@ def all_reduce(strategy, num_steps, path):
         writer = csv.writer(file)
         writer.writerow(("step", "resident"))
         for step in range(1, num_steps + 1):
-            # Waits, as a callback that looks at the logs does.
+            # Waits for the step, like a callback that reads the logs.
             float(strategy.experimental_local_results(execute())[0])
             if step % MEMORY_INTERVAL == 0:
                 writer.writerow((step, resident_bytes()))
@@ -204,7 +205,7 @@ def _bare_path(out, index):
 
 
 def slope(x, y):
-    """Returns the slope of the line of least squares, and its standard error.
+    """Returns the slope of least squares and its standard error.
 
     Args:
         x: float array (n,), n > 2.
@@ -215,14 +216,14 @@ def slope(x, y):
 
 
 def windows(rows):
-    """Returns the rows of the first steps that count, and of the last."""
+    """Returns the rows of the first and of the last steps that count."""
     counted = rows[WARMUP_STEPS:]
     size = min(WINDOW, len(counted) // 2)
     return counted[:size], counted[-size:]
 
 
 def step_time(rows):
-    """Returns the `Finding` about the time of a step, of `Recorder`'s rows."""
+    """Returns the `Finding` about the step time in rows of `Recorder`."""
     first, last = windows(rows)
     ratios = [
         float(statistic(last[column]) / statistic(first[column]))
@@ -243,11 +244,11 @@ def step_time(rows):
 
 
 def ratio_error(rows):
-    """Returns the standard error of a ratio of two thousands' median times.
+    """Returns the standard error of the ratio of two thousands' median times.
 
-    Of thousands whose medians scatter by s about a slow drift, one differs from
-    the next by 1.4142 s, half of them by less than 0.6745 times that; and so
-    does any ratio of two, near 1.
+    If the medians of thousands scatter by s about a slow drift, the difference
+    of successive ones has the deviation 1.4142 s. So does a ratio of two near
+    1. Half of these differences are below 0.6745 deviations.
     """
     parts = [rows[i : i + WINDOW] for i in range(0, len(rows), WINDOW)]
     medians = np.array([np.median(part["clock"]) for part in parts])
@@ -258,11 +259,11 @@ def ratio_error(rows):
 
 
 def growth(rows):
-    """Returns `slope` of the resident memory, in bytes per step, at the end.
+    """Returns the `slope` of resident bytes over steps in the second half.
 
     Args:
-        rows: structured array with columns `step` and `resident`, the latter
-            nan where it was not read.
+        rows: structured array with columns `step` and `resident`, which is nan
+            in steps that did not read it.
     """
     half = rows[len(rows) // 2 :]
     read = half[np.isfinite(half["resident"])]
@@ -273,8 +274,8 @@ def memory(rows, bare):
     """Returns the `Finding` about the resident memory.
 
     Args:
-        rows: `Recorder`'s.
-        bare: those of `all_reduce`.
+        rows: the rows of `Recorder`.
+        bare: the rows of `all_reduce`.
     """
     (found, error), (expected, its_error) = growth(rows), growth(bare)
     noise = 2 * math.hypot(error, its_error) + SPREAD * abs(expected)
@@ -289,13 +290,14 @@ def tau(rows):
     """Returns the `Finding` about the scale-invariant step."""
     found, total = float(rows["tau"][-1]), math.fsum(rows["gain"])
     return Finding(
-        f"tau: {found!r} less the sum of {len(rows)} gains: {found - total!r}",
+        f"tau: {found!r}, minus the sum of {len(rows)} gains: "
+        f"{found - total!r}",
         found == total,
     )
 
 
 def table(rows):
-    """Returns the lines of a table, one per thousand steps."""
+    """Returns the lines of a table with a line per thousand steps."""
     lines = ["    steps   median ms   mean ms   CPU ms    mean gain       MiB"]
     for begin in range(0, len(rows), WINDOW):
         part = rows[begin : begin + WINDOW]
@@ -310,7 +312,7 @@ def table(rows):
 
 
 def picture(workers, path):
-    """Draws step time and memory of each worker over the steps, as a PNG."""
+    """Draws each worker's step time and memory over the steps, and saves it."""
     page, ((times, memories),) = figures.page(1, 2, size=(9, 3.4))
     for index, rows in enumerate(workers):
         step = rows["step"]
@@ -335,14 +337,14 @@ def picture(workers, path):
 
 
 def report(out, num_workers):
-    """Prints tables and findings, draws the picture.
+    """Prints tables and findings, and draws the figure.
 
     Args:
         out: str, the directory that the workers wrote to.
         num_workers: int.
 
     Returns:
-        Bool, whether all is as expected.
+        Bool, whether all findings hold.
     """
     workers, findings = [], []
     for index in range(num_workers):
@@ -363,7 +365,7 @@ def report(out, num_workers):
 
 
 def main(arguments=None):
-    """Starts the workers and reports; returns the exit code."""
+    """Starts the workers, reports, and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=2)

@@ -1,18 +1,18 @@
-"""Times AdaScale's training step over plain SGD's: `make bench`.
+"""Compares the step time of AdaScale with plain SGD: `make bench`.
 
-Under two logical CPU devices, for a wide MLP (many parameters, little
-arithmetic: the hardest case for anything that reads gradients) and ResNet-18.
-README.md says what a run printed.
+Runs on two logical CPU devices, with a wide MLP (many parameters and little
+arithmetic, the hardest case for code that reads gradients) and ResNet-18.
+README.md shows the output of a run.
 
-All variants of a workload live in one process and take turns, a few steps each,
-in an order that rotates, so that what else the machine does meets all of them
-alike. A ratio is that of two turns of one round; medians and quartiles are over
-the rounds. Both the time on the clock and the time of the processor, over all
-threads, are measured: the second does not count what other processes take. A
-second plain SGD, `sgd_again`, shows the noise: without any, its ratio is 1.
+All variants of a workload are in one process. They take turns of a few steps in
+a rotating order, so that other load on the machine affects all of them. A ratio
+is that of two turns in the same round. Medians and quartiles are over the
+rounds. The benchmark measures wall time and the CPU time of all threads, which
+excludes other processes. The ratio of a second plain SGD, `sgd_again`, is 1
+apart from noise.
 
-One batch stays in memory, the same for all, and there is no input pipeline.
-Peak memory is measured before, in a process for each variant.
+All steps use the same batch in memory, without an input pipeline. Peak memory
+is measured first, in a separate process for each variant.
 """
 
 import functools
@@ -31,8 +31,8 @@ from absl import app, flags, logging
 from keras import layers
 
 import tf_adascale
-from examples import runs
-from tf_adascale import replicas
+from examples.common import runs
+from tf_adascale.distribute import collectives
 
 NUM_REPLICAS = 2
 NUM_CLASSES = 10
@@ -41,10 +41,10 @@ MEMORY_STEPS = 5
 
 
 class Workload(NamedTuple):
-    """What is trained.
+    """A model and its batch.
 
     Attributes:
-        connect: function of the input to the logits of `NUM_CLASSES` classes.
+        connect: function from the input to the logits of `NUM_CLASSES` classes.
         input_shape: tuple of int, of one example.
         batch: int, examples per replica.
     """
@@ -55,12 +55,13 @@ class Workload(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What trains it.
+    """A way to train a workload.
 
     Attributes:
         model: the class of the model.
         optimizer: function that returns the optimizer.
-        constants: dict, what constants of `tf_adascale.replicas` are instead.
+        constants: dict, values that replace constants of
+            `tf_adascale.distribute.collectives`.
     """
 
     model: Callable[..., keras.Model]
@@ -69,11 +70,11 @@ class Variant(NamedTuple):
 
 
 class Times(NamedTuple):
-    """How long the turns of one variant took.
+    """Times of the turns of one variant.
 
     Attributes:
-        clock: float64 array (rounds,), seconds per step.
-        processor: float64 array (rounds,), seconds per step over all threads.
+        clock: float64 array (rounds,), wall seconds per step.
+        processor: float64 array (rounds,), CPU seconds per step, all threads.
     """
 
     clock: np.ndarray
@@ -81,7 +82,7 @@ class Times(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A compiled model and a function that takes a number of steps with it."""
+    """A compiled model and a function that trains it for a number of steps."""
 
     model: keras.Model
     train: Callable[[int], None]
@@ -132,7 +133,7 @@ def sgd():
 
 
 def adascale():
-    """Returns AdaScale around it."""
+    """Returns AdaScale around SGD with momentum."""
     return tf_adascale.AdaScale(sgd())
 
 
@@ -146,7 +147,7 @@ BASELINE = "sgd"
 
 VARIANTS = {
     "adascale": Variant(tf_adascale.Model, adascale),
-    # As TensorFlow does by default: all in one tensor.
+    # TensorFlow's default: all values in one tensor.
     "adascale_one_pack": Variant(
         tf_adascale.Model, adascale, {"BYTES_PER_PACK": 0}
     ),
@@ -160,9 +161,9 @@ VARIANTS = {
 
 
 def make_strategy(num_replicas=NUM_REPLICAS):
-    """Returns a strategy of so many logical CPU devices.
+    """Returns a strategy of `num_replicas` logical CPU devices.
 
-    Call it before anything else touches TensorFlow.
+    Call this before TensorFlow initializes its devices.
     """
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
@@ -174,11 +175,11 @@ def make_strategy(num_replicas=NUM_REPLICAS):
 
 
 def make_batch(workload, strategy):
-    """Returns a batch of random examples and labels, a part per replica."""
+    """Returns a batch of random examples and labels, one part per replica."""
     rng = np.random.default_rng(0)
 
     def part(context):
-        del context  # Parts differ: the generator goes on.
+        del context  # Parts differ because they share the generator.
         x = rng.standard_normal((workload.batch, *workload.input_shape))
         y = rng.integers(NUM_CLASSES, size=workload.batch)
         return tf.constant(x, "float32"), tf.constant(y, "int32")
@@ -187,7 +188,7 @@ def make_batch(workload, strategy):
 
 
 def make_trainer(workload, variant, strategy, batch):
-    """Returns a `Trainer` that has taken `WARMUP_STEPS`, and so is compiled."""
+    """Returns a `Trainer` that is compiled: it has taken `WARMUP_STEPS`."""
     with strategy.scope():
         inputs = keras.Input(workload.input_shape)
         model = variant.model(inputs, workload.connect(inputs))
@@ -204,10 +205,10 @@ def make_trainer(workload, variant, strategy, batch):
         logs = {}
         for _ in range(steps):
             logs = model.train_function(batches)
-        float(logs["loss"])  # Returns when the step is done.
+        float(logs["loss"])  # Waits for the step.
 
-    with mock.patch.dict(vars(replicas), variant.constants):
-        train(WARMUP_STEPS)  # Traces, which is when they are read.
+    with mock.patch.dict(vars(collectives), variant.constants):
+        train(WARMUP_STEPS)  # Tracing reads the constants.
     return Trainer(model, train)
 
 
@@ -215,10 +216,10 @@ def interleaved(trainers, *, rounds, steps, on_round):
     """Returns the `Times` of each trainer.
 
     Args:
-        trainers: dict of functions that take a number of steps.
+        trainers: dict of functions of a number of steps.
         rounds: int >= 1, turns of each trainer.
         steps: int >= 1, steps per turn.
-        on_round: function called after each round.
+        on_round: function that is called after each round.
     """
     times = {
         name: Times(np.zeros(rounds), np.zeros(rounds)) for name in trainers
@@ -254,8 +255,8 @@ def peak_memory(workload, variant, *, num_replicas=NUM_REPLICAS):
         variant: `Variant`.
         num_replicas: int.
     """
-    # Linux hands the peak of the parent down to its children: to be called
-    # before this process trains anything.
+    # On Linux, children inherit the peak of their parent. Call this before this
+    # process trains.
     return runs.alone(_trained_peak, workload, variant, num_replicas)
 
 
@@ -274,8 +275,8 @@ def table(times, models, memory):
     """Returns the lines of a workload's table.
 
     Args:
-        times: dict of `Times`, as `interleaved` returns them.
-        models: dict of models of the same names.
+        times: dict of `Times`, see `interleaved`.
+        models: dict of models with the same keys.
         memory: dict of peak resident bytes, possibly empty.
     """
     lines = [
@@ -294,7 +295,7 @@ def table(times, models, memory):
 
 
 def quartiles(ratios):
-    """Returns the median and, in parentheses, the quartiles, as a string."""
+    """Returns a str of the median and, in parentheses, the quartiles."""
     low, median, high = np.percentile(ratios, [25, 50, 75])
     return f"{median:.3f} ({low:.3f}-{high:.3f})"
 
@@ -305,11 +306,11 @@ def timed(workload, variants, strategy, *, rounds, steps):
     Args:
         workload: `Workload`.
         variants: dict of `Variant`.
-        strategy: what `make_strategy` returned.
+        strategy: see `make_strategy`.
         rounds: see `interleaved`.
         steps: see `interleaved`.
     """
-    # Once: with each new seed TensorFlow forgets the functions it has prepared.
+    # Only once: a new seed clears TensorFlow's cache of kernels.
     keras.utils.set_random_seed(0)
     batch = make_batch(workload, strategy)
     trainers = {
@@ -327,7 +328,7 @@ def timed(workload, variants, strategy, *, rounds, steps):
 
 
 def measure(name, strategy, *, memory, rounds, steps):
-    """Times all variants of a workload and prints its table."""
+    """Measures all variants of a workload and prints the table."""
     workload = WORKLOADS[name]
     times, models = timed(
         workload, VARIANTS, strategy, rounds=rounds, steps=steps
@@ -341,20 +342,20 @@ def measure(name, strategy, *, memory, rounds, steps):
 
 
 BLOCKS = flags.DEFINE_integer(
-    "blocks", 30, "Rounds, in each of which every variant has a turn.", 1
+    "blocks", 30, "Rounds. In each round, every variant has a turn.", 1
 )
 STEPS = flags.DEFINE_integer("steps", 3, "Steps per turn.", 1)
 MODELS = flags.DEFINE_multi_enum(
-    "models", list(WORKLOADS), list(WORKLOADS), "What is trained; repeatable."
+    "models", list(WORKLOADS), list(WORKLOADS), "Workloads; repeatable."
 )
-MEMORY = flags.DEFINE_bool("memory", True, "Whether to measure memory too.")
+MEMORY = flags.DEFINE_bool("memory", True, "Whether to measure memory.")
 
 
 def main(arguments):
-    """Measures and prints."""
+    """Measures and prints the tables."""
     if len(arguments) > 1:
         raise app.UsageError(f"Unknown arguments: {arguments[1:]}")
-    # TensorFlow tells of each all-reduce, and takes many models for an error.
+    # TensorFlow logs each all-reduce and warns about many models.
     logging.set_verbosity(logging.ERROR)
     memory = {name: {} for name in MODELS.value}
     if MEMORY.value:

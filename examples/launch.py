@@ -1,24 +1,23 @@
-r"""Starts several workers of one command on this machine, as a cluster would.
+r"""Starts several workers of one command on this machine, like a cluster.
 
     python -m examples.launch --workers=2 -- \
         examples.digits.train --strategy=multiworker --model_dir=out/digits
 
-What follows `--` is a module, or a script that ends in .py, and its arguments.
-Each worker finds the others in TF_CONFIG; their ports are chosen anew at each
-start. What worker 1 prints begins with "[1] ", line by line; a progress bar
-that goes back to the beginning of its line makes a line each time.
+The arguments after `--` are a module, or a script that ends in .py, and its
+arguments. Each worker finds the addresses of the others in TF_CONFIG. Each
+start uses new ports. Every line that worker 1 prints begins with "[1] ". A
+progress bar that returns to the start of its line prints a line each time.
 
-If a worker fails, the others get SIGTERM. One that waits for a worker that is
-lost does not heed it: SIGKILL follows after `--grace_seconds`. Then all start
-again, up to `--max_restarts` times, from their checkpoint if they keep one. The
-exit code is that of the worker that failed first, 128 + n where signal n ended
-it, and 0 where none failed.
+If a worker fails, the launcher sends SIGTERM to the others. A worker that waits
+for a lost worker does not react to it, so the launcher sends SIGKILL after
+`--grace_seconds`. Then it restarts all workers, up to `--max_restarts` times.
+Workers that save checkpoints resume from them. The exit code is that of the
+worker that failed first, 128 + n if signal n ended it, and 0 if none failed.
 
-SIGTERM and SIGINT are passed on to the workers, which may take their time to
-save a checkpoint, and are not started again. A second signal kills them. Each
-worker has a process group of its own, and what it leaves behind there ends with
-it. On Linux the workers end with a launcher that is killed; elsewhere each goes
-on until it prints.
+The launcher passes SIGTERM and SIGINT on to the workers, waits for them to save
+a checkpoint, and does not restart them. A second signal kills them. Each worker
+has its own process group, which is killed when the worker ends. If the launcher
+is killed, its workers end at once on Linux, and when they next print elsewhere.
 """
 
 import argparse
@@ -36,8 +35,8 @@ from typing import NamedTuple
 
 GRACE_SECONDS = 10.0
 
-# What a process runs before it becomes a worker, which keeps the setting:
-# PR_SET_PDEATHSIG is 1. In preexec_fn, beside threads, it would not be safe.
+# A process runs this before it becomes a worker, which inherits the setting.
+# PR_SET_PDEATHSIG is 1. In preexec_fn it would be unsafe next to threads.
 _END_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -49,7 +48,7 @@ _output = threading.Lock()
 
 
 class Ended(NamedTuple):
-    """Which worker ended, and its exit code: -n if signal n ended it."""
+    """A worker that ended, with its exit code: -n if signal n ended it."""
 
     index: int
     code: int
@@ -61,9 +60,9 @@ class Ended(NamedTuple):
 
 
 def free_ports(count):
-    """Returns a list of `count` ports that nobody listens on."""
+    """Returns a list of `count` ports that no process listens on."""
     with contextlib.ExitStack() as stack:
-        # All open at once, lest a port be found twice.
+        # All are open at the same time, so no port is returned twice.
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
@@ -71,20 +70,20 @@ def free_ports(count):
 
 
 def launch(command, *, workers, max_restarts=0, grace_seconds=GRACE_SECONDS):
-    """Runs the workers until all have ended, and again if one failed.
+    """Runs the workers until all have ended, and restarts them if one failed.
 
-    Handles SIGINT and SIGTERM from then on; to be called by the main thread.
+    Installs handlers of SIGINT and SIGTERM, so the main thread must call it.
 
     Args:
         command: list of str, a module or a script and its arguments.
         workers: int >= 1.
-        max_restarts: int >= 0, how often all may be started again.
-        grace_seconds: number >= 0, from SIGTERM to SIGKILL.
+        max_restarts: int >= 0, maximum number of restarts.
+        grace_seconds: number >= 0, time between SIGTERM and SIGKILL.
 
     Returns:
         Int, the exit code.
     """
-    events = queue.SimpleQueue()  # Its `put` may interrupt its `get`.
+    events = queue.SimpleQueue()  # Its `put` is safe in a signal handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: events.put(number))
     for restart in range(1, max_restarts + 2):
@@ -93,13 +92,13 @@ def launch(command, *, workers, max_restarts=0, grace_seconds=GRACE_SECONDS):
             return 0
         if stopped or restart > max_restarts:
             break
-        _say(f"{failed}; all start again, {restart} of {max_restarts}")
+        _say(f"{failed}; restarting all, {restart} of {max_restarts}")
     _say(failed)
     return failed.code if failed.code > 0 else 128 - failed.code
 
 
 def _run(command, workers, grace_seconds, events):
-    """Returns the first `Ended` that failed, or None; and if a signal came."""
+    """Returns the first failed `Ended` or None, and whether a signal came."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     running = {}
     failed, stopped, deadline = None, False, None
@@ -113,14 +112,14 @@ def _run(command, workers, grace_seconds, events):
                 if event.code and failed is None:
                     failed = event
                     if running and not stopped:
-                        _say(f"{failed}; the others must end")
+                        _say(f"{failed}; stopping the others")
                         _send(signal.SIGTERM, running.values())
                         deadline = time.monotonic() + grace_seconds
             elif event is None or stopped or failed:
                 _send(signal.SIGKILL, running.values())
                 deadline = None
             else:
-                _say(f"passes on {_named(event)}")
+                _say(f"passing on {_named(event)}")
                 _send(event, running.values())
             stopped = stopped or isinstance(event, int)
     finally:
@@ -129,7 +128,7 @@ def _run(command, workers, grace_seconds, events):
 
 
 def _next(events, deadline):
-    """Returns an `Ended` or a signal's number; None if the deadline is over."""
+    """Returns an `Ended`, a signal's number, or None after the deadline."""
     if deadline is None:
         return events.get()
     try:
@@ -139,7 +138,7 @@ def _next(events, deadline):
 
 
 def _start(command, index, addresses, events):
-    """Returns a new worker's process, whose end will be an event."""
+    """Returns the process of a new worker, whose end will be an event."""
     cluster = {"worker": addresses}
     task = {"type": "worker", "index": index}
     words = command if command[0].endswith(".py") else ["-m", *command]
@@ -159,7 +158,7 @@ def _start(command, index, addresses, events):
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        # A terminal's Ctrl-C reaches the launcher alone, which passes it on.
+        # Ctrl-C then reaches the launcher only, which passes it on.
         process_group=0,
     )
     _thread(_follow, process, index, events)
@@ -167,13 +166,13 @@ def _start(command, index, addresses, events):
 
 
 def _follow(process, index, events):
-    """Shows a worker's output, then tells of its end."""
+    """Prints a worker's output until it ends, then puts the event."""
     readers = [
         _thread(_relay, process.stdout, sys.stdout, index),
         _thread(_relay, process.stderr, sys.stderr, index),
     ]
     code = process.wait()
-    # Else what it left behind would keep the output open.
+    # Processes that the worker left behind would keep the output open.
     _send(signal.SIGKILL, [process])
     for reader in readers:
         reader.join(GRACE_SECONDS)
@@ -181,7 +180,7 @@ def _follow(process, index, events):
 
 
 def _relay(source, target, index):
-    # Closed if it cannot be shown: the worker then ends too, and is not stuck.
+    # If printing fails, this closes the pipe, so the worker ends too.
     with source:
         for line in source:
             _show(target, f"[{index}] {line}")
@@ -198,7 +197,7 @@ def _say(text):
 
 def _send(number, processes):
     for process in processes:
-        # It may have ended by now; macOS then calls that not permitted.
+        # The process may have ended. macOS then raises PermissionError.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
 
@@ -220,13 +219,18 @@ def main(arguments=None):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--workers", type=int, default=2, help="how many")
-    add("--max_restarts", type=int, default=0, help="after one has failed")
+    add("--workers", type=int, default=2, help="number of workers")
+    add(
+        "--max_restarts",
+        type=int,
+        default=0,
+        help="number of restarts after a worker has failed",
+    )
     add(
         "--grace_seconds",
         type=float,
         default=GRACE_SECONDS,
-        help="from SIGTERM to SIGKILL, after one has failed",
+        help="time from SIGTERM to SIGKILL after a worker has failed",
     )
     add("command", nargs="+", metavar="module")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -240,7 +244,7 @@ def main(arguments=None):
     ):
         if not least <= options[name] < float("inf"):
             parser.error(f"--{name} must be {least} or more: {options[name]}")
-    # As for any command whose output nobody reads any more.
+    # End like other commands when the reader of the output is gone.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="backslashreplace")
     return launch(options.pop("command"), **options)

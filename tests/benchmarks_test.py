@@ -10,7 +10,7 @@ from keras import layers
 
 import tf_adascale
 from benchmarks import adasum_time, step_time
-from tf_adascale import replicas
+from tf_adascale.distribute import collectives
 
 
 def _connect(x):
@@ -65,7 +65,7 @@ def test_constants_hold_while_a_step_is_traced(strategy_of):
             return super().train_step(data)
 
     def constants():
-        return replicas.BYTES_PER_PACK, replicas.BYTES_PER_GATHER
+        return collectives.BYTES_PER_PACK, collectives.BYTES_PER_GATHER
 
     before = constants()
     strategy = strategy_of(1)
@@ -142,7 +142,7 @@ class TestAdasum:
             assert isinstance(optimizer, tf_adascale.Adasum)
             assert optimizer.combine == combine
         sizes = [v.constants for v in adasum_time.GATHERS.values()]
-        assert {"BYTES_PER_GATHER": replicas.BYTES_PER_GATHER} not in sizes
+        assert {"BYTES_PER_GATHER": collectives.BYTES_PER_GATHER} not in sizes
         assert {"BYTES_PER_GATHER": 2**20} in sizes
 
     @pytest.mark.parametrize(

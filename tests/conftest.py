@@ -9,8 +9,6 @@ import os
 import hypothesis
 import pytest
 
-NUM_DEVICES = 8
-
 hypothesis.settings.register_profile(
     "repository",
     # The first example of a property traces its graph: no deadline fits both.
@@ -20,6 +18,9 @@ hypothesis.settings.register_profile(
     database=None,
 )
 hypothesis.settings.load_profile("repository")
+
+# A failed assertion there is explained as one in a test is.
+pytest.register_assert_rewrite("tests.harness", "tests.processes.children")
 
 
 def pytest_configure(config):
@@ -31,9 +32,11 @@ def pytest_configure(config):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     import tensorflow as tf
 
+    from tests import harness
+
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration()] * NUM_DEVICES
+        cpu, [tf.config.LogicalDeviceConfiguration()] * harness.NUM_DEVICES
     )
     # There is a worker per core, and several replicas in each.
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -41,30 +44,10 @@ def pytest_configure(config):
 
 @pytest.fixture
 def strategy_of():
-    """A function of a number of replicas that returns such a strategy.
+    """A function of a number of replicas that returns such a strategy."""
+    from tests import harness
 
-    One replica is the default strategy, several are a `MirroredStrategy`.
-    """
-    return _strategy
-
-
-def _strategy(num_replicas):
-    import tensorflow as tf
-
-    if num_replicas == 1:
-        return tf.distribute.get_strategy()
-    if not 1 < num_replicas <= NUM_DEVICES:
-        raise ValueError(
-            "There are not enough logical devices for the strategy. Expected "
-            f"1 to {NUM_DEVICES} replicas. "
-            f"Received: num_replicas={num_replicas}"
-        )
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{index}" for index in range(num_replicas)],
-        # The default of CPUs is a collective, whose groups stay: a strategy of
-        # another size in the same process would be refused.
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
+    return harness.strategy_of
 
 
 @pytest.fixture(autouse=True)

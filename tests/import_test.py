@@ -1,13 +1,18 @@
-"""Tests of `import tf_adascale` where something is missing."""
+"""Tests of `import tf_adascale`, each in a process of its own."""
 
 import subprocess
 import sys
 
 
-def test_import_without_tensorflow_says_what_to_install():
-    code = "import sys; sys.modules['tensorflow'] = None; import tf_adascale"
-    process = subprocess.run(
+def run(code):
+    return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True
+    )
+
+
+def test_import_without_tensorflow_says_what_to_install():
+    process = run(
+        "import sys; sys.modules['tensorflow'] = None; import tf_adascale"
     )
     assert process.returncode == 1
     assert process.stderr.rstrip().endswith(
@@ -15,3 +20,15 @@ def test_import_without_tensorflow_says_what_to_install():
         "exclude each other. Install the one for your hardware: pip install "
         '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
     )
+
+
+def test_import_does_not_initialise_devices():
+    """The user's choice of devices stays open."""
+    process = run(
+        "import tensorflow as tf, tf_adascale;"
+        "cpu = tf.config.list_physical_devices('CPU')[0];"
+        "two = [tf.config.LogicalDeviceConfiguration()] * 2;"
+        "tf.config.set_logical_device_configuration(cpu, two);"
+        "print(len(tf.config.list_logical_devices('CPU')))"
+    )
+    assert process.stdout.strip() == "2", process.stderr

@@ -1,97 +1,163 @@
-"""Tests that the README's examples run, on less data."""
+"""Tests README.md and the other pages: their examples, commands and links."""
 
-import pathlib
+import functools
+import itertools
+import operator
 import re
+import runpy
 
-import keras
-import tensorflow as tf
+import pytest
+import setuptools
 
 import tf_adascale
+from tests import harness, sources
 from tf_adascale import forecast
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-TRAINING, RECORDING, SURVIVING = re.findall(
-    r"```python\n(.*?)```", README.read_text(), re.DOTALL
+DOCS = sorted(
+    path.relative_to(sources.ROOT).as_posix()
+    for path in sources.ROOT.glob("docs/*.md")
 )
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "examples/README.md",
+    "examples/cluster/README.md",
+    *DOCS,
+]
+MAX_README_LINES = 150
+
+# Less of everything, on devices that every machine has.
+SHORTER = {
+    "tf.distribute.MirroredStrategy()": "strategy_of(2)",
+    "BASE_STEPS = 1500": "BASE_STEPS = 6",
+    "MICROBATCHES = 16 ": "MICROBATCHES = 2 ",
+    "epochs=30": "epochs=30, verbose=0",
+}
 
 
-def _dataset():
-    x = tf.random.stateless_normal((16, 3), seed=(1, 2))
-    y = tf.cast(x[:, 0] > 0, "int32")
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+def _code(page):
+    return re.findall(r"^```python\n(.*?)^```", sources.text(page), re.S | re.M)
 
 
-def _loss():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+def _run(page, changes=()):
+    """Runs a page's examples, one after another; returns their names."""
+    names = {"strategy_of": harness.strategy_of}
+    for code in _code(page):
+        for old, new in {**SHORTER, **dict(changes)}.items():
+            code = code.replace(old, new)
+        exec(compile(code, page, "exec"), names)
+    return names
 
 
-def test_the_example_runs_and_stops_by_progress(strategy_of):
-    steps = 6
-    code = TRAINING.replace("39_100", str(steps))
-    code = code.replace("tf.distribute.MirroredStrategy()", "strategy_of(2)")
-    code = code.replace(
-        "with strategy.scope():", "with strategy.scope():\n    make_model()"
-    )
-    names = {"strategy_of": strategy_of}
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    """Examples write files by relative names."""
+    monkeypatch.chdir(tmp_path)
 
-    def make_model():
-        inputs = keras.Input((3,))
-        names.update(inputs=inputs, outputs=keras.layers.Dense(2)(inputs))
 
-    names.update(make_model=make_model, loss=_loss(), dataset=_dataset())
-    exec(compile(code, str(README), "exec"), names)
-    optimizer = names["model"].optimizer
+def test_the_example_stops_by_progress():
+    optimizer = _run("README.md")["model"].optimizer
     # 2 replicas of 2 micro-batches: tau grows by 1 to 4 per step, and the
     # callback looks after each.
     assert optimizer.scale == 4
     tau = float(optimizer.scale_invariant_step)
-    assert steps <= tau < steps + float(optimizer.gain)
-    assert int(optimizer.iterations.numpy()) < steps
+    assert 6 <= tau < 6 + float(optimizer.gain)
+    assert harness.first(optimizer.iterations) < 6
 
 
-def test_the_recorded_run_is_forecast_from(tmp_path):
-    path = tmp_path / "run.csv"
-    inputs = keras.Input((3,))
-    names = {
-        "keras": keras,
-        "tf_adascale": tf_adascale,
-        "sgd": keras.optimizers.SGD(0.1),
-        "loss": _loss(),
-        "model": tf_adascale.Model(inputs, keras.layers.Dense(2)(inputs)),
-        "dataset": _dataset().repeat(),
-        "stop": tf_adascale.callbacks.StopAtScaleInvariantStep(20),
-    }
-    # A row per step.
-    code = RECORDING.replace("epochs=1000", "epochs=1000, steps_per_epoch=1")
-    code = code.replace('"run.csv"', repr(str(path)))
-    exec(compile(code, str(README), "exec"), names)
+def test_the_recorded_run_is_forecast_from():
+    names = _run("docs/forecast.md", {"TOTAL_STEPS = 40": "TOTAL_STEPS = 20"})
     optimizer = names["optimizer"]
-    assert optimizer.get_config()["smoothing"] == 1 - 16 / 1000
-    record = forecast.read(path)
-    steps = forecast.iterations(record, 4)
+    assert optimizer.smoothing == 1 - 16 / 1000
+    steps = forecast.iterations(names["record"], 4)
     # The gains are float32.
-    assert abs(steps - int(optimizer.iterations.numpy())) < 1e-4
+    assert abs(steps - harness.first(optimizer.iterations)) < 1e-4
 
 
-def test_the_run_goes_on_in_the_next_process(tmp_path):
-    code = SURVIVING.replace('"run"', repr(str(tmp_path)))
-    code = code.replace("steps_per_epoch=100", "steps_per_epoch=3")
-    steps = 0
+def test_the_run_resumes_in_the_next_process():
+    page, step = "docs/workers_and_failures.md", 0
     for total_steps in (8, 16):
-        inputs = keras.Input((3,))
-        model = tf_adascale.Model(inputs, keras.layers.Dense(2)(inputs))
-        sgd = keras.optimizers.SGD(0.1)
-        optimizer = tf_adascale.AdaScale(sgd)
-        model.compile(optimizer, loss=_loss(), microbatches=2)
-        names = {
-            "tf_adascale": tf_adascale,
-            "model": model,
-            "dataset": _dataset(),
-            "stop": tf_adascale.callbacks.StopAtScaleInvariantStep(total_steps),
-        }
-        exec(compile(code, str(README), "exec"), names)
+        stop = f"StopAtScaleInvariantStep({total_steps})"
+        names = _run(page, {"StopAtScaleInvariantStep(20)": stop})
+        optimizer, checkpoint = names["optimizer"], names["checkpoint"]
         tau = float(optimizer.scale_invariant_step)
         assert total_steps <= tau < total_steps + 2
-        assert names["checkpoint"].step > steps
-        steps = names["checkpoint"].step
-        assert int(optimizer.iterations.numpy()) == steps
+        assert checkpoint.step > step
+        step = checkpoint.step
+        assert harness.first(optimizer.iterations) == step
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if _code(page)])
+def test_examples_run(page):
+    if page not in ("docs/forecast.md", "docs/workers_and_failures.md"):
+        _run(page)
+
+
+def test_readme_is_short():
+    lines = sources.text("README.md").splitlines()
+    assert len(lines) <= MAX_README_LINES
+
+
+def _anchors(text):
+    """Returns the anchors that a code host makes of a page's titles."""
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    kept = (re.sub(r"[^\w\- ]", "", title.lower()) for title in titles)
+    return {title.strip().replace(" ", "-") for title in kept}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    text = sources.text(page)
+    links = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text)
+    for link in filter(None, itertools.chain(*links)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (sources.ROOT / page).parent / path if path else None
+        assert target is None or target.exists(), f"{page}: {link}"
+        if anchor:
+            linked = text if target is None else target.read_text("utf-8")
+            assert anchor in _anchors(linked), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_modules_and_commands_exist(page):
+    text = sources.text(page)
+    targets = re.findall(r"^([a-z-]+):", sources.text("Makefile"), re.M)
+    targets += ["test-oldest", "test-newest"]
+    for words in re.findall(r"(?:`|^ *|\$ )make ([a-z -]+)", text, re.M):
+        for target in words.split("  ")[0].split():
+            assert target in targets, f"{page}: make {target}"
+    for name in set(re.findall(r"\b(?:examples|benchmarks)(?:\.\w+)+", text)):
+        assert sources.file_of(name), f"{page}: {name}"
+    for name in set(re.findall(r"\bpython ((?:\w+/)+\w+\.py)", text)):
+        assert (sources.ROOT / name).is_file(), f"{page}: {name}"
+    for name in set(re.findall(r"(?<![\w/])tf_adascale((?:\.\w+)+)", text)):
+        if name.endswith(".egg"):
+            continue
+        operator.attrgetter(name[1:])(tf_adascale)
+
+
+@functools.cache
+def _metadata():
+    """Returns what setup.py tells setuptools."""
+    told = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", told.update)
+        patch.chdir(sources.ROOT)
+        runpy.run_path(str(sources.ROOT / "setup.py"))
+    return told
+
+
+def test_an_index_page_has_no_broken_link_or_picture():
+    text = _metadata()["long_description"]
+    assert text.startswith("# tf_adascale\n")
+    assert "```python\n" in text
+    assert not re.search(r"\]\((?!https://)|<img", text)
+
+
+def test_every_package_is_installed():
+    folders = {sources.package(path) for path in sources.LIBRARY}
+    expected = {folder.replace("/", ".") for folder in folders}
+    assert set(_metadata()["packages"]) == expected

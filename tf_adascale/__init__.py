@@ -1,7 +1,7 @@
 """Large-batch training for TensorFlow and Keras, without re-tuning."""
 
 try:
-    import tensorflow  # noqa: F401 (asked for here, to say what to install)
+    import tensorflow as _tensorflow  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "tf_adascale needs one of TensorFlow's builds, which exclude each "
@@ -9,30 +9,25 @@ except ImportError as error:
         '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
     ) from error
 
-from tf_adascale import (
-    adasum,
-    callbacks,
-    ema,
-    forecast,
-    gain,
-    norms,
-    schedules,
-)
-from tf_adascale.adascale import AdaScale
-from tf_adascale.adasum_optimizer import Adasum
-from tf_adascale.model import Model
+from tf_adascale import callbacks, forecast, ops, schedules
+from tf_adascale.optimizers.adamscale import AdamScale
+from tf_adascale.optimizers.adascale import AdaScale
+from tf_adascale.optimizers.adasum import Adasum
+from tf_adascale.training.model import Model
 from tf_adascale.version import __version__
 
 __all__ = [
     "AdaScale",
+    "AdamScale",
     "Adasum",
     "Model",
     "__version__",
-    "adasum",
     "callbacks",
-    "ema",
     "forecast",
-    "gain",
-    "norms",
+    "ops",
     "schedules",
 ]
+
+# Importing them made these attributes of the package. They are private.
+for _name in ("distribute", "optimizers", "training", "version"):
+    globals().pop(_name, None)

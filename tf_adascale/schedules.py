@@ -1,34 +1,50 @@
 """Learning-rate schedules of the fixed scaling rules, AdaScale's baselines.
 
-A scaling rule translates the schedule `lr` and the T_1 steps of training at the
-base batch to a batch S times as large. Each class here wraps `lr` and is itself
-an ordinary, serializable Keras schedule: its argument t counts the optimizer's
-iterations at scale S. Every rule trains for T_S = ceil(T_1 / S) iterations, see
-`scaled_iterations`; only LSW+ trains for a number of its own.
+A scaling rule adapts a learning-rate schedule lr, tuned at a base batch size,
+to a batch S times as large. S is the scale.
 
-The wrapped schedule is called with S t as an int64 where that is whole for
-every t, else as a float64. Both are exact far beyond 2^24; a float32 is not.
+Each class wraps lr and is an ordinary, serializable Keras schedule. Its
+argument t counts the optimizer's iterations at scale S. Where training at the
+base batch takes T_1 steps, every rule trains for T_S = ceil(T_1 / S)
+iterations, see `scaled_iterations`. Only LSW+ takes a number of iterations of
+its own.
+
+The wrapped schedule is called with S t. This is an int64 if it is whole for
+every t, else a float64. Both are exact far beyond 2^24, where a float32 is not.
 """
 
 import fractions
 import math
-import numbers
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tf_adascale.ops import _arguments
 
-def scaled_iterations(total_steps, *, scale):
-    """Returns the number of iterations that training lasts at a scale.
+__all__ = [
+    "LegwScaling",
+    "LinearScaling",
+    "LinearScalingWithWarmup",
+    "SqrtScaling",
+    "TimeScaling",
+    "scaled_iterations",
+]
 
-        T_S = ceil(T_1 / S)
+_FAMILIES = ("step", "exponential")
+
+
+def scaled_iterations(total_steps: int, *, scale: float) -> int:
+    """Returns the number of iterations that training takes at a scale.
+
+        T_S = ceil(T_1 / S)                                                 (1)
 
     Args:
-        total_steps: int >= 1, T_1, steps of training at the base batch.
+        total_steps: int >= 1, T_1, steps of training at the base batch size.
         scale: number > 0, S, batch of one step / base batch.
 
     Returns:
-        int >= 1.
+        Int >= 1.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -40,40 +56,39 @@ def scaled_iterations(total_steps, *, scale):
 
     Reference: Johnson et al. 2020, definition 3.
     """
-    _check_count("total_steps", total_steps)
+    total_steps = _arguments.integer("total_steps", total_steps)
     return math.ceil(total_steps / _exact(_checked_scale(scale)))
 
 
 class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Holds what all rules share: `lr`, S and the way through `get_config`.
+    """Base class of all rules: holds lr and S. A rule defines `_rate(step)`."""
 
-    A rule defines `_rate(step)`.
-    """
-
-    def __init__(self, schedule, *, scale):
+    def __init__(
+        self,
+        schedule: keras.optimizers.schedules.LearningRateSchedule | float,
+        *,
+        scale: float,
+    ):
         super().__init__()
-        if _is_finite(schedule):
-            schedule = float(schedule)
-        elif not isinstance(
-            schedule, keras.optimizers.schedules.LearningRateSchedule
-        ):
-            raise ValueError(
-                "The schedule to scale cannot be called at a step. Expected a "
-                "keras.optimizers.schedules.LearningRateSchedule, or a finite "
-                f"number for a constant rate. Received: schedule={schedule}"
-            )
-        self.schedule = schedule
+        self.schedule = _checked_schedule(schedule)
         self.scale = _checked_scale(scale)
         self._base_steps_per_iteration = _exact(self.scale)
 
-    def __call__(self, step):
-        """Returns the learning rate of an iteration, scalar float32."""
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
+        """Returns the learning rate of an iteration.
+
+        Args:
+            step: scalar, t, the iteration from 0 on.
+
+        Returns:
+            Scalar float32.
+        """
         step = tf.convert_to_tensor(step)
-        whole = step.dtype.is_integer
-        return self._rate(tf.cast(step, tf.int64 if whole else tf.float64))
+        is_whole = step.dtype.is_integer
+        return self._rate(tf.cast(step, tf.int64 if is_whole else tf.float64))
 
     def _rate(self, step):
-        """Returns the same; `step` is a scalar int64 or float64."""
+        """Returns lr_S(t), scalar float32; `step` is an int64 or float64."""
         raise NotImplementedError
 
     def _base_rate(self, step):
@@ -82,14 +97,15 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
         if pace.denominator == 1:
             base_step = step * pace.numerator
         else:
-            # One rounding after an exact product: whole steps come out whole.
+            # An exact product and one rounding keep whole steps whole.
             base_step = tf.cast(step, tf.float64) * pace.numerator
             base_step = base_step / pace.denominator
         if not callable(self.schedule):
             return tf.constant(self.schedule, tf.float32)
         return tf.cast(self.schedule(base_step), tf.float32)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, for `from_config`."""
         return {
             "schedule": keras.saving.serialize_keras_object(self.schedule),
             "scale": self.scale,
@@ -97,6 +113,7 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     @classmethod
     def from_config(cls, config):
+        """Creates a schedule from what `get_config` returned."""
         schedule = keras.saving.deserialize_keras_object(config["schedule"])
         return cls(**{**config, "schedule": schedule})
 
@@ -105,11 +122,11 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
 class LinearScaling(_ScaledSchedule):
     """The linear scaling rule.
 
-        lr_S(t) = S lr(S t)
+        lr_S(t) = S lr(S t)                                                 (2)
 
     Args:
-        schedule: `LearningRateSchedule` of the base batch, or a float for a
-            constant rate.
+        schedule: `LearningRateSchedule` of the base batch, lr, or a number for
+            a constant rate.
         scale: number > 0, S, batch of one step / base batch.
 
     Raises:
@@ -133,11 +150,11 @@ class LinearScaling(_ScaledSchedule):
 
 @keras.saving.register_keras_serializable(package="tf_adascale")
 class TimeScaling(_ScaledSchedule):
-    """The rate of the base batch, in as many examples: no scaling but of time.
+    """The base batch's rates, reached after the same number of examples.
 
-        lr_S(t) = lr(S t)
+        lr_S(t) = lr(S t)                                                   (3)
 
-    What plain averaging does, and what Adasum starts from.
+    This is plain gradient averaging, and the starting point for Adasum.
 
     Args:
         schedule: as in `LinearScaling`.
@@ -163,7 +180,7 @@ class TimeScaling(_ScaledSchedule):
 class SqrtScaling(_ScaledSchedule):
     """The square-root scaling rule.
 
-        lr_S(t) = sqrt(S) lr(S t)
+        lr_S(t) = sqrt(S) lr(S t)                                           (4)
 
     Args:
         schedule: as in `LinearScaling`.
@@ -189,16 +206,16 @@ class SqrtScaling(_ScaledSchedule):
 class LegwScaling(_ScaledSchedule):
     """Square-root scaling with linear-epoch gradual warm-up (LEGW).
 
-        lr_S(t) = sqrt(S) lr(S t) min(t / warmup_steps, 1)
+        lr_S(t) = sqrt(S) lr(S t) min(t / warmup_steps, 1)                  (5)
 
-    The warm-up covers S times as many epochs as at the base batch, which is as
-    many iterations at every scale.
+    The warm-up covers S times as many epochs as at the base batch size, which
+    is the same number of iterations at every scale.
 
     Args:
-        schedule: as in `LinearScaling`; without a warm-up of its own.
+        schedule: as in `LinearScaling`, without a warm-up of its own.
         scale: number > 0, S.
-        warmup_steps: number >= 0, length of the warm-up in iterations: that
-            tuned at the base batch.
+        warmup_steps: number >= 0, length of the warm-up in iterations, as tuned
+            at the base batch size.
 
     Raises:
         ValueError: if an argument is none of the above.
@@ -212,57 +229,59 @@ class LegwScaling(_ScaledSchedule):
     Reference: You et al., "Large-Batch Training for LSTM and Beyond", 2019.
     """
 
-    def __init__(self, schedule, *, scale, warmup_steps):
+    def __init__(
+        self,
+        schedule: keras.optimizers.schedules.LearningRateSchedule | float,
+        *,
+        scale: float,
+        warmup_steps: float,
+    ):
         super().__init__(schedule, scale=scale)
-        if not (_is_finite(warmup_steps) and warmup_steps >= 0):
-            raise ValueError(
-                "The length of the warm-up is no number of iterations. "
-                "Expected a finite number of at least 0. "
-                f"Received: warmup_steps={warmup_steps}"
-            )
-        self.warmup_steps = float(warmup_steps)
+        self.warmup_steps = _arguments.nonnegative_number(
+            "warmup_steps", warmup_steps, "the warm-up's length in iterations"
+        )
 
     def _rate(self, step):
         warming = _ramp(step, self.warmup_steps)
         return math.sqrt(self.scale) * self._base_rate(step) * warming
 
-    def get_config(self):
-        """Returns the arguments, for `from_config`."""
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, for `from_config`."""
         return {**super().get_config(), "warmup_steps": self.warmup_steps}
 
 
 @keras.saving.register_keras_serializable(package="tf_adascale")
 class LinearScalingWithWarmup(_ScaledSchedule):
-    """Linear scaling with warm-up: LSW, and LSW+ where `iterations` is given.
+    """Linear scaling with warm-up: LSW, or LSW+ if `iterations` is given.
 
-    With W = round(warmup T_S):
+    The warm-up lasts W = round(warmup T_S) iterations:
 
-        lr_S(t) = lr(0) (1 + (S - 1) t / W)           t < W, the warm-up
+        lr_S(t) = lr(0) (1 + (S - 1) t / W)           t < W                 (6)
                   S lr(S t)                           t >= W, family "step"
                   S lr(T_1 (t - W) / (T_S - W))       t >= W, "exponential"
 
-    So the first W iterations of a scaled step decay are left out, while an
-    exponential decay is compressed; both end with iteration T_S. At S = 1 there
-    is a warm-up too, at the constant rate lr(0).
+    A scaled step decay loses its first W iterations; an exponential decay is
+    compressed. Both end at iteration T_S. At S = 1 the rate is lr(0) during the
+    warm-up.
 
     LSW+ is LSW stretched along the iterations axis: lr_S(t T_S / iterations).
 
     Args:
         schedule: as in `LinearScaling`.
         scale: number > 0, S.
-        total_steps: int >= 1, T_1, steps of training at the base batch.
-        iterations: int >= 1, iterations that training lasts; None is T_S.
-        family: "step", "exponential", or None to tell by the schedule: "step"
-            for a float, a `PiecewiseConstantDecay` and a staircase, and
+        total_steps: int >= 1, T_1, steps of training at the base batch size.
+        iterations: int >= 1, iterations of training. None is T_S.
+        family: "step" or "exponential". None selects by the schedule: "step"
+            for a number, a `PiecewiseConstantDecay` and a staircase, and
             "exponential" for any other `ExponentialDecay`.
-        warmup: float in [0, 1), the warm-up's part of the iterations.
+        warmup: number in [0, 1), the warm-up's share of the iterations.
 
     Attributes:
-        iterations: int, iterations that training lasts.
+        iterations: int, iterations of training.
 
     Raises:
-        ValueError: if an argument is none of the above, or `family` is None and
-            the schedule does not tell.
+        ValueError: if an argument is none of the above, or if `family` is None
+            and `schedule` is of another class.
 
     Example:
 
@@ -280,34 +299,24 @@ class LinearScalingWithWarmup(_ScaledSchedule):
 
     def __init__(
         self,
-        schedule,
+        schedule: keras.optimizers.schedules.LearningRateSchedule | float,
         *,
-        scale,
-        total_steps,
-        iterations=None,
-        family=None,
-        warmup=0.055,
+        scale: float,
+        total_steps: int,
+        iterations: int | None = None,
+        family: str | None = None,
+        warmup: float = 0.055,
     ):
         super().__init__(schedule, scale=scale)
-        unstretched = scaled_iterations(total_steps, scale=self.scale)
+        self.total_steps = _arguments.integer("total_steps", total_steps)
+        unstretched = scaled_iterations(self.total_steps, scale=self.scale)
         if iterations is None:
             iterations = unstretched
-        _check_count("iterations", iterations)
-        if not (_is_finite(warmup) and 0 <= warmup < 1):
-            raise ValueError(
-                "The warm-up is no part of the iterations. Expected a number "
-                f"of at least 0 and below 1. Received: warmup={warmup}"
-            )
-        self.total_steps = int(total_steps)
-        self.iterations = int(iterations)
-        self.family = _family(self.schedule) if family is None else family
-        if self.family not in ("step", "exponential"):
-            raise ValueError(
-                "The schedule's family decides what follows the warm-up and is "
-                'not known. Expected family="step" or family="exponential" to '
-                f"be passed. Received: family={family}, schedule={schedule}"
-            )
-        self.warmup = float(warmup)
+        self.iterations = _arguments.integer("iterations", iterations)
+        self.family = _checked_family(family, self.schedule)
+        self.warmup = _arguments.number_in(
+            "warmup", warmup, "[0, 1)", "the warm-up's share of the iterations"
+        )
         # Iterations of LSW+ per iteration of LSW.
         stretch = fractions.Fraction(self.iterations, unstretched)
         warming = round(self.warmup * unstretched)  # W
@@ -315,7 +324,7 @@ class LinearScalingWithWarmup(_ScaledSchedule):
         if self.family == "step":
             self._base_steps_per_iteration /= stretch
         else:
-            # W = T_S leaves nothing to compress into: any finite pace will do.
+            # If W = T_S there is nothing to compress: any finite pace will do.
             rest = max(unstretched - warming, 1)
             self._base_steps_per_iteration = self.total_steps / (rest * stretch)
 
@@ -330,8 +339,8 @@ class LinearScalingWithWarmup(_ScaledSchedule):
         warming = initial * (1 + (self.scale - 1) * _ramp(step, start))
         return tf.where(since_start < 0, warming, self.scale * scaled)
 
-    def get_config(self):
-        """Returns the arguments, for `from_config`."""
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, for `from_config`."""
         return {
             **super().get_config(),
             "total_steps": self.total_steps,
@@ -341,16 +350,8 @@ class LinearScalingWithWarmup(_ScaledSchedule):
         }
 
 
-def _family(schedule):
-    """Returns the family that a schedule's type tells, or None."""
-    if isinstance(schedule, keras.optimizers.schedules.ExponentialDecay):
-        return "step" if schedule.staircase else "exponential"
-    steps = (float, keras.optimizers.schedules.PiecewiseConstantDecay)
-    return "step" if isinstance(schedule, steps) else None
-
-
 def _ramp(step, length):
-    """Returns min(step / length, 1) as a float32; 1 where the length is 0."""
+    """Returns min(step / length, 1) as a float32, and 1 if the length is 0."""
     if length == 0:
         return tf.ones(())
     return tf.cast(
@@ -359,26 +360,42 @@ def _ramp(step, length):
 
 
 def _exact(number):
-    """Returns the fraction that a number is written as: 0.1 is 1/10."""
+    """Returns a number's decimal notation as a fraction: 0.1 is 1/10."""
     return fractions.Fraction(str(number))
 
 
-def _is_finite(number):
-    return isinstance(number, numbers.Real) and math.isfinite(number)
-
-
 def _checked_scale(scale):
-    if not (_is_finite(scale) and scale > 0):
-        raise ValueError(
-            "The scale is no ratio of two batches. Expected a finite number "
-            f"above 0. Received: scale={scale}"
-        )
-    return float(scale)
+    return _arguments.positive_number(
+        "scale", scale, "the batch of one step divided by the base batch"
+    )
 
 
-def _check_count(name, count):
-    if not (isinstance(count, numbers.Integral) and int(count) >= 1):
+def _checked_schedule(schedule):
+    """Returns a schedule as it is, and a constant rate as a float."""
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        return schedule
+    rate = _arguments.finite(schedule)
+    if rate is None:
         raise ValueError(
-            f"There is no training to schedule in {name}. Expected a whole "
-            f"number of at least 1. Received: {name}={count}"
+            "`schedule` must be a keras.optimizers.schedules."
+            "LearningRateSchedule, or a finite number for a constant rate. "
+            f"Received: schedule={schedule!r}"
         )
+    return rate
+
+
+def _checked_family(family, schedule):
+    """Returns the family, by default that of the schedule's class."""
+    if family in _FAMILIES:
+        return family
+    if family is None:
+        decays = keras.optimizers.schedules
+        if isinstance(schedule, decays.ExponentialDecay):
+            return "step" if schedule.staircase else "exponential"
+        if isinstance(schedule, (float, decays.PiecewiseConstantDecay)):
+            return "step"
+    raise ValueError(
+        f"`family` must be one of {_FAMILIES}: it selects what follows the "
+        "warm-up. Only step and exponential decays have a default. Received: "
+        f"family={family!r}, schedule={schedule!r}"
+    )

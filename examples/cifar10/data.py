@@ -1,7 +1,7 @@
 """CIFAR-10, or scikit-learn's digits in its place: small images, 10 classes.
 
-Both are moved by a few pixels at random, mirrored where that makes sense, and
-standardized, by the same code.
+The same code shifts both at random by a few pixels, mirrors photos, and
+standardizes.
 """
 
 import functools
@@ -11,26 +11,26 @@ from typing import NamedTuple
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from examples import drops, prepared, streams
-from examples.digits import data as digits_data
+from examples.common.data import digits as digits_data
+from examples.common.data import drops, prepared, streams
 
-# What is drawn for an image: its row, its column, whether to mirror it.
+# Random numbers per image: vertical shift, horizontal shift, mirroring.
 DRAWS = 3
 
 
 class Source(NamedTuple):
-    """Labelled images and how they are made ready.
+    """Labelled images and their preprocessing.
 
     Attributes:
-        splits: callable, () to the records of training and of testing: each a
+        splits: callable, () to the training and the test records. Each is a
             finite `tf.data.Dataset` of dicts with "image" and "label", and its
             size.
         pixels: callable, a record's image to its pixels, of shape (height,
-            width, channels). A record at which it fails is dropped.
-        mean: tuple of float, of the training images' channels.
+            width, channels). Records on which it fails are dropped.
+        mean: tuple of float, means of the training images' channels.
         deviation: tuple of float, their standard deviations.
-        padding: int >= 0, pixels by which an image is moved at most.
-        mirrored: bool, whether mirror images are trained on too.
+        padding: int >= 0, maximum shift of an image in pixels.
+        mirrored: bool, whether to mirror half of the training images.
     """
 
     splits: Callable
@@ -43,13 +43,13 @@ class Source(NamedTuple):
     def train_dataset(
         self, batch_size, *, seed, start=0, share=streams.Share()
     ):
-        """Returns endless batches, shuffled and augmented.
+        """Returns endless shuffled and augmented batches.
 
         Args:
             batch_size: int >= 1, examples per batch of all workers.
-            seed: int, of order and augmentation.
-            start: int >= 0, number of examples to leave out.
-            share: `streams.Share`, the part of every batch to read.
+            seed: int, of the order and the augmentation.
+            start: int >= 0, number of examples to skip.
+            share: `streams.Share`, the part of each batch to read.
 
         Returns:
             `tf.data.Dataset` of (images, labels): float32 of shape (batch,
@@ -73,13 +73,13 @@ class Source(NamedTuple):
         )
 
     def test_dataset(self, batch_size):
-        """Returns the records of testing, in order, in batches.
+        """Returns the test records, in order, in batches.
 
         Args:
-            batch_size: int >= 1, examples per batch but the last.
+            batch_size: int >= 1, examples per batch, except the last.
 
         Returns:
-            Finite `tf.data.Dataset` as of `train_dataset`.
+            Finite `tf.data.Dataset` of the elements of `train_dataset`.
         """
         _, (records, _) = self.splits()
         return (
@@ -90,7 +90,7 @@ class Source(NamedTuple):
         )
 
     def _examples(self, records):
-        """Returns (image, label, and what came with the record)."""
+        """Maps (record, *others) to (image, label, *others)."""
 
         def example(record, *draws):
             return self.pixels(record["image"]), record["label"], *draws
@@ -102,13 +102,12 @@ class Source(NamedTuple):
 
 
 def cifar10(*, data_dir=None, validation=False):
-    """Returns CIFAR-10 as a `Source`: 32x32 photos of 10 kinds of things.
+    """Returns CIFAR-10 as a `Source`: 32x32 photos of 10 classes.
 
     Args:
-        data_dir: str, where tensorflow-datasets has it prepared; by default
-            where it prepares what it is not told where to.
+        data_dir: str, see `prepared.load`.
         validation: bool, whether to train on the first 45,000 training images
-            and to test on the other 5,000 of them.
+            and test on the other 5,000.
     """
 
     @functools.cache
@@ -119,7 +118,7 @@ def cifar10(*, data_dir=None, validation=False):
                 "cifar10",
                 part,
                 data_dir=data_dir,
-                # Whether an image decodes is seen when its turn comes.
+                # `pixels` decodes, so that a broken image can be dropped.
                 decoders={"image": tfds.decode.SkipDecoding()},
             )
             for part in (parts if validation else ("train", "test"))
@@ -131,8 +130,8 @@ def cifar10(*, data_dir=None, validation=False):
     return Source(
         splits,
         pixels=pixels,
-        # Of the training images, as in the code of Zagoruyko & Komodakis, "Wide
-        # Residual Networks", 2016.
+        # Statistics of the training images, from the code of Zagoruyko &
+        # Komodakis, "Wide Residual Networks", 2016.
         mean=(125.3, 123.0, 113.9),
         deviation=(63.0, 62.1, 66.7),
         padding=4,
@@ -141,7 +140,7 @@ def cifar10(*, data_dir=None, validation=False):
 
 
 def digits(*, validation=False):
-    """Returns scikit-learn's handwritten digits as a `Source`: 8x8, grey.
+    """Returns scikit-learn's digits as a `Source`: 8x8 grey images.
 
     Args:
         validation: bool, whether to train and test on parts of the training
@@ -166,22 +165,22 @@ def digits(*, validation=False):
         mean=(0.305,),
         deviation=(0.376,),
         padding=1,
-        mirrored=False,  # The mirror image of a digit is none.
+        mirrored=False,  # A mirrored digit is not a digit.
     )
 
 
 def augmented(images, draws, *, padding, mirrored):
-    """Returns the images, each moved at random and perhaps mirrored.
+    """Returns the images, shifted at random and perhaps mirrored.
 
-    An image is moved as if it were padded with black and cropped to its size at
-    a random place.
+    The result is that of padding an image with black and cropping it to its
+    original size at a random position.
 
     Args:
         images: shape (batch, height, width, channels).
-        draws: float32 of shape (batch, 3), uniform in [0, 1): what decides on
-            an image's row, its column, and whether it is mirrored.
-        padding: int >= 0, pixels that are padded on each side.
-        mirrored: bool, whether half of the images are mirrored.
+        draws: float32 of shape (batch, 3), uniform in [0, 1). They determine
+            the vertical shift, the horizontal shift and the mirroring.
+        padding: int >= 0, pixels of padding on each side.
+        mirrored: bool, whether to mirror half of the images.
 
     Example:
 

@@ -15,13 +15,13 @@ WEIGHT_DECAY = 5e-4
 
 
 class Size(NamedTuple):
-    """What the members of the family differ in.
+    """The size of a network.
 
     Attributes:
         shape: tuple of int, height, width and channels of an image.
-        widths: tuple of int, channels of each stage. Each but the first halves
-            height and width.
-        blocks: int >= 1, blocks per stage, of two convolutions each.
+        widths: tuple of int, channels of each stage. Each stage but the first
+            halves height and width.
+        blocks: int >= 1, blocks per stage. A block has two convolutions.
     """
 
     shape: tuple
@@ -50,11 +50,12 @@ def resnet(size):
     logits = layers.Dense(
         CLASSES, kernel_regularizer=_weight_decay(), dtype="float32"
     )(x)
+    # AdaScale: a keras.Model whose training step has micro-batches.
     return tf_adascale.Model(inputs, logits, name="resnet")
 
 
 def _block(x, width, *, strides):
-    """Two 3x3 convolutions, each after its activation, around a shortcut."""
+    """Adds two 3x3 convolutions, each after its activation, to a shortcut."""
     activated = _activation(x)
     if strides > 1:
         x = _convolution(width, kernel=1, strides=strides)(activated)
@@ -81,5 +82,5 @@ def _convolution(width, *, kernel=3, strides=1):
 
 
 def _weight_decay():
-    """Adds WEIGHT_DECAY * kernel to the gradient, of a loss with its square."""
+    # The gradient of the penalty is WEIGHT_DECAY * kernel.
     return keras.regularizers.L2(WEIGHT_DECAY / 2)

@@ -3,16 +3,16 @@
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: cifar10, tables 1 to 3 and B.4.1
 
-The miniature, which needs no download:
+Miniature, no download:
 
 Command:  python -m examples.cifar10.train --algorithm=adascale --scale=64
-Hardware: one CPU
-Time:     30 seconds; 15 with --algorithm=identity --scale=1 on two cores
+Hardware: 2 CPU cores
+Time:     30 seconds; 15 with --algorithm=identity --scale=1
 Metric:   accuracy on the test split: 99 % for both
 
-The paper's model and data:
+Full size, the paper's model and data:
 
-Command:  python -m examples.prepared cifar10 --data_dir=DIR
+Command:  python -m examples.common.data.prepared cifar10 --data_dir=DIR
           python -m examples.cifar10.train --data=tfds --data_dir=DIR --scale=8
 Hardware: a GPU, or several with --strategy=mirrored
 Metric:   accuracy on the test split: 94.1 % in the paper, at S = 1 and 8
@@ -21,9 +21,9 @@ Metric:   accuracy on the test split: 94.1 % in the paper, at S = 1 and 8
 import keras
 from absl import app
 
-from examples import data_flags, flags, training
 from examples.cifar10 import data as sources
 from examples.cifar10 import model
+from examples.common import data_flags, flags, training
 
 # Learning rate of the last step / that of the first.
 DECAY = 0.0133
@@ -34,12 +34,12 @@ def task(*, data="embedded", data_dir=None, split="test", learning_rate=0.08):
 
     Args:
         data: str, "embedded" for the miniature or "tfds" for the full size.
-        data_dir: str, where tensorflow-datasets has CIFAR-10 prepared.
-        split: str, "test" or "validation", what is tested on.
+        data_dir: str, directory in which CIFAR-10 was prepared.
+        split: str, "test" or "validation", the data to test on.
         learning_rate: float, of the first step at the base batch.
 
     Raises:
-        ValueError: if data or split are none of these.
+        ValueError: if `data` or `split` is unknown.
     """
     validation = split == "validation"
     if data == "tfds":
@@ -70,7 +70,7 @@ def task(*, data="embedded", data_dir=None, split="test", learning_rate=0.08):
 
 
 def main(_):
-    """Trains as the flags say."""
+    """Trains with the settings of the flags."""
     training.run(
         task(**data_flags.values(), **flags.overrides()), flags.settings()
     )

@@ -1,14 +1,14 @@
-"""Trains the digits four ways, prints a table and draws the paper's Figure 1.
+"""Trains the digits in four ways, prints a table and draws Figure 1.
 
-Plain SGD at S = 1 is the quality to preserve. At S = 64, AdaScale preserves it
-in far fewer iterations; linear scaling with warm-up does not, neither in its
-own number of iterations (LSW) nor in AdaScale's (LSW+).
+Plain SGD at S = 1 sets the quality to preserve. At S = 64, AdaScale preserves
+it in far fewer iterations. Linear scaling with warm-up does not, neither in its
+own number of iterations (LSW) nor in that of AdaScale (LSW+).
 
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020, Figure 1 and Table 2
 Command:  python -m examples.digits.demo --out=out/demo
 Hardware: 2 CPU cores
-Time:     3 minutes; given again, it goes on where it was stopped
+Time:     3 minutes; the same command resumes a run that was stopped
 Metric:   accuracy: 99 % for SGD and AdaScale, 90 to 99 % for LSW+, 25 to 33 %
           for LSW
 """
@@ -16,16 +16,16 @@ Metric:   accuracy: 99 % for SGD and AdaScale, 90 to 99 % for LSW+, 25 to 33 %
 import argparse
 import os
 
-from examples import figures, runs
+from examples.common import figures, runs
 
 
 def picture(results, path):
     """Draws the four panels of Figure 1 and saves them as a PNG.
 
     Args:
-        results: list of `runs.Run`; those of "identity" and "adascale" must be
-            among them.
-        path: string, of the file.
+        results: list of `runs.Run`, among them one of "identity" and one of
+            "adascale".
+        path: str, of the file.
     """
     plain, adascale = (
         next(run for run in results if run.result["algorithm"] == algorithm)
@@ -45,7 +45,7 @@ def picture(results, path):
     )
     figures.label(by_iteration, results, x=0.03, y=0.06)
 
-    # At S = 1 every step is one scale-invariant step.
+    # At S = 1 each step is one scale-invariant step.
     tau = adascale.log["scale_invariant_step"]
     figures.draw(by_tau, plain, plain.steps, loss(plain))
     figures.draw(by_tau, adascale, tau, loss(adascale))
@@ -80,7 +80,7 @@ def picture(results, path):
 
 
 def main(arguments=None):
-    """Trains, prints the table and draws the picture; returns the runs."""
+    """Trains, prints the table, draws the picture and returns the runs."""
     parser = argparse.ArgumentParser(
         description="Compares AdaScale with linear scaling on digits."
     )

@@ -6,9 +6,9 @@ from keras import layers
 import tf_adascale
 
 WIDTHS = (16, 32, 64)
-# The averages of the last few dozen batches: short enough to follow the weights
-# at S = 1, and to be made of the last weights only at S = 64, where one
-# iteration updates them 64 times.
+# The moving statistics average the last few dozen batches. That is short enough
+# to follow the weights both at S = 1 and at S = 64, where one iteration updates
+# the statistics 64 times.
 BATCH_NORM_MOMENTUM = 0.95
 
 
@@ -29,7 +29,7 @@ def _activation(x):
 
 
 def _block(x, width, *, strides):
-    """Two 3x3 convolutions, each after its activation, around a shortcut."""
+    """Adds two 3x3 convolutions, each after its activation, to a shortcut."""
     activated = _activation(x)
     if strides > 1:
         x = _convolution(width, kernel=1, strides=strides)(activated)
@@ -49,4 +49,5 @@ def resnet():
         x = _block(x, width, strides=1 if number == 0 else 2)
     x = layers.GlobalAveragePooling2D()(_activation(x))
     logits = layers.Dense(10, dtype="float32")(x)
+    # AdaScale: a keras.Model whose training step has micro-batches.
     return tf_adascale.Model(inputs, logits, name="resnet")

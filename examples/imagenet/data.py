@@ -1,7 +1,7 @@
-"""ImageNet, and in miniature: colored digits on crops of photos.
+"""ImageNet, and a miniature of it: colored digits on crops of photos.
 
-Both go through the same random crops: part of an image, of any place, size and
-shape within limits, is resized to the size of the network's input.
+Both use the same random crops: a window of random position, size and shape is
+resized to the size of the network's input.
 """
 
 import functools
@@ -11,22 +11,21 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from examples import drops, photos, prepared, streams
-from examples.digits import data as digits
+from examples.common.data import digits, drops, photos, prepared, streams
 
-# Of red, green and blue in ImageNet, for values in [0, 1].
+# Statistics of red, green and blue in ImageNet, for values in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
-# Windows that do not fit into the image are drawn anew, so often at most.
+# Number of attempts to draw a window that fits into the image.
 ATTEMPTS = 10
-# An area and a shape per attempt; a place, of two numbers; whether to mirror.
+# Random numbers per image: area and shape of each attempt, position, mirroring.
 DRAWS = 2 * ATTEMPTS + 3
-# What is trained on and what is tested on.
+# The splits of tensorflow-datasets to train on and to test on.
 IMAGENET_SPLITS = {
     "test": ("train", "validation"),
     "validation": ("train[:99%]", "train[99%:]"),
 }
-# Bounds of the ratio of a window's sides: 3/4 and 4/3.
+# The ratio of a window's sides is between 3/4 and 4/3.
 ASPECT = 4 / 3
 
 
@@ -34,21 +33,21 @@ class Miniature(NamedTuple):
     """Colored digits on crops of photos: images of 32x32 pixels, 10 classes.
 
     Attributes:
-        split: str, "test", or "validation" for parts of the training data to
-            train and test on.
+        split: str, "test", or "validation" to train and test on parts of the
+            training data.
     """
 
     split: str = "test"
 
     SIZE = 32
-    # Pixels of a digit's side, with its margin.
+    # Range of a digit's side in pixels, with its margin.
     DIGIT_SIZES = (20, 28)
-    # Backgrounds are dimmed, and colors are bright, for digits to be legible.
+    # Dimmed backgrounds and bright colors make the digits legible.
     DIMMED = 0.4
     DARKEST = 160
-    # Images made of each digit.
+    # Number of images per digit.
     COPIES = 8
-    # With less, a digit can be cut beyond recognition.
+    # Smaller windows can crop a digit beyond recognition.
     LEAST_AREA = 0.8
 
     def train_dataset(
@@ -57,17 +56,17 @@ class Miniature(NamedTuple):
         """Returns endless shuffled batches of (images, labels).
 
         Args:
-            batch_size: int >= 1, examples in the batch of all workers.
-            seed: int, of order and crops.
-            start: int >= 0, number of examples to leave out.
-            share: `streams.Share` of the batches.
+            batch_size: int >= 1, examples per batch of all workers.
+            seed: int, of the order and the crops.
+            start: int >= 0, number of examples to skip.
+            share: `streams.Share`, the part of each batch to read.
 
         Returns:
             `tf.data.Dataset` of float32 (size, 32, 32, 3), standardized, and
             int32 (size,).
         """
-        # As tensors: arrays would become part of the dataset's graph, which is
-        # copied often.
+        # Arrays would become part of the dataset's graph, which is copied
+        # often. Tensors do not.
         images, labels = map(tf.constant, pasted_digits(self.split)[0])
 
         def examples(indices, draws):
@@ -77,7 +76,8 @@ class Miniature(NamedTuple):
                 width=self.SIZE,
                 least_area=self.LEAST_AREA,
             )
-            # The first and the last pixel, where an image is from 0 to 1.
+            # Boxes are the first and the last pixel, in units in which those of
+            # the image are 0 and 1.
             first, sides = tf.split(tf.cast(windows, tf.float32), 2, axis=-1)
             boxes = tf.concat([first, first + sides - 1], -1) / (self.SIZE - 1)
             crops = tf.image.crop_and_resize(
@@ -108,11 +108,11 @@ class ImageNet(NamedTuple):
     """The images of the ILSVRC 2012 classification task, 1000 classes.
 
     Attributes:
-        split: str, "test" for ImageNet's own validation images, which are what
-            results are given for; "validation" for the last hundredth of the
-            training images, which then are not trained on.
+        split: str, "test" to test on ImageNet's validation images, as the
+            literature does, or "validation" to hold out and test on the last
+            hundredth of the training images.
         data_dir: str, see `prepared.load`.
-        image_size: int, pixels of a side of what the network sees.
+        image_size: int, pixels of a side of the network's input.
     """
 
     split: str = "test"
@@ -124,8 +124,8 @@ class ImageNet(NamedTuple):
         "https://image-net.org, in <data_dir>/downloads/manual"
     )
     LEAST_AREA = 0.08
-    # The center of an image is tested, of this fraction of its shorter side:
-    # 224 pixels of 256.
+    # The test crop is a central square whose side is this fraction of the
+    # image's shorter side: 224 of 256 pixels.
     TESTED = 224 / 256
 
     def train_dataset(
@@ -134,10 +134,10 @@ class ImageNet(NamedTuple):
         """Returns endless shuffled batches of (images, labels).
 
         Args:
-            batch_size: int >= 1, examples in the batch of all workers.
-            seed: int, of order, crops and mirroring.
-            start: int >= 0, number of examples to leave out.
-            share: `streams.Share` of the batches.
+            batch_size: int >= 1, examples per batch of all workers.
+            seed: int, of the order, the crops and the mirroring.
+            start: int >= 0, number of examples to skip.
+            share: `streams.Share`, the part of each batch to read.
 
         Returns:
             `tf.data.Dataset` of float32 (size, image_size, image_size, 3),
@@ -181,7 +181,7 @@ class ImageNet(NamedTuple):
         return examples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
     def _records(self, part):
-        """Returns what to train on (0) or to test on (1), not decoded."""
+        """Returns encoded records to train on (0) or to test on (1)."""
         return prepared.load(
             "imagenet2012",
             IMAGENET_SPLITS[self.split][part],
@@ -191,38 +191,38 @@ class ImageNet(NamedTuple):
         )
 
     def _decoded(self, encoded, window):
-        """Returns a window of an image, of which no more is decoded."""
+        """Decodes only a window of an image, resizes and standardizes it."""
         pixels = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
         image = tf.image.resize(pixels, [self.image_size] * 2, antialias=True)
         return standardized(image)
 
 
 def _sides(encoded):
-    """Returns height and width of a JPEG image: its header has them."""
+    """Returns height and width from the header of a JPEG image."""
     height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(encoded))
     return height, width
 
 
 def random_windows(draws, *, height, width, least_area):
-    """Returns windows of random area, shape and place in an image.
+    """Returns windows of random area, shape and position in an image.
 
-    Area and shape are drawn until the window fits into the image: the area
-    uniformly between `least_area` and 1 of the image's, the ratio of the sides
-    between 3/4 and 4/3, uniformly in its logarithm. If none fits, the window is
-    the largest square.
+    The area is uniform between `least_area` and 1 of the image's area. The
+    ratio of the sides is between 3/4 and 4/3, uniform in its logarithm. Both
+    are drawn until the window fits into the image. After `ATTEMPTS` draws the
+    window is the largest square.
 
     Args:
         draws: float32, shape (..., DRAWS), uniform in [0, 1). The last number
-            is left to mirroring.
-        height: int or int32 scalar, pixels of the image.
-        width: int or int32 scalar, likewise.
+            is not used: it is for mirroring.
+        height: int or int32 scalar, height of the image in pixels.
+        width: int or int32 scalar, width of the image in pixels.
         least_area: float in (0, 1].
 
     Returns:
         int32, shape (..., 4): top, left, height and width, in pixels.
 
     Example: a square of half the area, sqrt(5000) = 70.7 pixels, leaves 30
-    places each way.
+    positions in each direction.
 
     >>> half = tf.fill([DRAWS], 0.5)
     >>> random_windows(half, height=100, width=100, least_area=0.0).numpy()
@@ -237,7 +237,7 @@ def random_windows(draws, *, height, width, least_area):
     ratios = tf.pow(ASPECT, 2 * shapes - 1)
     heights = tf.maximum(tf.round(tf.sqrt(areas / ratios)), 1)
     widths = tf.maximum(tf.round(tf.sqrt(areas * ratios)), 1)
-    # One more attempt, that always fits.
+    # The last attempt is the largest square, which always fits.
     square = tf.fill(tf.shape(areas[..., :1]), tf.minimum(height, width))
     sizes = tf.stack(
         [tf.concat([heights, square], -1), tf.concat([widths, square], -1)], -1
@@ -251,10 +251,10 @@ def random_windows(draws, *, height, width, least_area):
 
 
 def standardized(images):
-    """Returns images as float32 of mean 0 and deviation 1 in each channel.
+    """Returns images as float32 with mean 0 and deviation 1 in each channel.
 
     Args:
-        images: any numeric type, shape (..., 3), in [0, 255].
+        images: numbers, shape (..., 3), in [0, 255].
     """
     images = tf.cast(images, tf.float32) / 255
     return (images - tf.constant(MEAN)) / tf.constant(DEVIATION)
@@ -262,7 +262,7 @@ def standardized(images):
 
 @functools.cache
 def pasted_digits(split):
-    """Returns the miniature's examples: the same at every call.
+    """Returns the examples of the miniature, the same at every call.
 
     Args:
         split: str, "test" or "validation".
@@ -284,14 +284,14 @@ def pasted_digits(split):
 
 
 def _pasted(part, photo, generator):
-    """Returns digits of random color, size and place on crops of a photo."""
-    # A margin, for digits to fade out at their edges.
+    """Pastes digits of random color, size and position on crops of a photo."""
+    # With a margin, digits fade out at their edges.
     grey = np.pad(part.images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     numbers = np.arange(len(grey) * Miniature.COPIES) % len(grey)
     count, size = len(numbers), Miniature.SIZE
     sides = generator.integers(*Miniature.DIGIT_SIZES, [count, 1])
     corners = generator.integers(size - sides + 1, size=[count, 2])
-    # The canvas as a box around the digit, whose own box is from 0 to 1.
+    # The boxes are the canvas, in units in which the digit is from 0 to 1.
     boxes = np.hstack([-corners, size - 1 - corners]) / (sides - 1)
     opacity = tf.image.crop_and_resize(grey, boxes, numbers, [size, size])
     colors = generator.integers(Miniature.DARKEST, 256, [count, 1, 1, 3])

@@ -1,4 +1,4 @@
-"""ResNet-50, and the same network in miniature, with ghost batch norm."""
+"""ResNet-50 and a miniature of it, both with ghost batch normalization."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,21 @@ import tf_adascale
 
 WEIGHT_DECAY = 1e-4
 BATCH_NORM_EPSILON = 1e-5
-# A bottleneck's last convolution is this much wider than the others.
+# The last convolution of a bottleneck is this much wider than the others.
 EXPANSION = 4
 
 
 class Size(NamedTuple):
-    """How large a network is.
+    """The size of a network.
 
     Attributes:
-        classes: int.
-        width: int, channels of the stem and of the first stage's 3x3
-            convolutions; each further stage has twice as many.
+        classes: int, number of classes.
+        width: int, channels of the stem and of the 3x3 convolutions of the
+            first stage. Each further stage has twice as many.
         depths: tuple of int, bottlenecks of each stage.
-        stem_kernel: int, pixels of a side; its stride is 2.
-        pool: bool, whether a max pooling of stride 2 follows the stem.
-        ghost_batch: int, examples normalized together.
+        stem_kernel: int, pixels of a side. The stride is 2.
+        pool: bool, whether max pooling of stride 2 follows the stem.
+        ghost_batch: int, number of examples that are normalized together.
         batch_norm_momentum: float, of the moving statistics.
     """
 
@@ -59,22 +59,22 @@ MINIATURE = Size(
 
 @keras.saving.register_keras_serializable("tf_adascale.examples")
 class GhostBatchNormalization(layers.BatchNormalization):
-    """Batch normalization by the statistics of parts of the batch.
+    """Batch normalization with the statistics of parts of the batch.
 
-    In training, each run of `ghost_batch` successive examples is normalized by
-    its own mean and variance. Scale and offset are shared, and so are the
-    moving statistics, which take in the mean over the parts. A batch smaller
-    than `ghost_batch` is one part.
+    In training, each sequence of `ghost_batch` examples is normalized with its
+    own mean and variance. All parts share scale, offset and moving statistics,
+    which average the statistics of the parts. A batch smaller than
+    `ghost_batch` is one part.
 
     Args:
         ghost_batch: int >= 1, examples per part.
-        **kwargs: see `keras.layers.BatchNormalization`, of which the last axis
-            must be the one to normalize, without `renorm` and `synchronized`.
+        **kwargs: see `keras.layers.BatchNormalization`. The axis must be the
+            last one, and `renorm` and `synchronized` must be False.
 
     Raises:
-        ValueError: if the arguments are none of these, or in training if
-            `ghost_batch` does not divide the batch. Where the size of the batch
-            is not known before the graph runs, running it raises
+        ValueError: if an argument is invalid, or in training if `ghost_batch`
+            does not divide the batch. If the size of the batch is unknown when
+            the graph is traced, executing the graph raises
             `tf.errors.InvalidArgumentError` instead.
 
     Reference: Hoffer et al., "Train longer, generalize better", 2017.
@@ -85,12 +85,14 @@ class GhostBatchNormalization(layers.BatchNormalization):
         given = {name: kwargs.get(name, fixed[name]) for name in fixed}
         if given != fixed:
             raise ValueError(
-                "Ghost batches are not normalized this way. Expected "
-                f"{fixed}. Received: {given}"
+                "`axis`, `renorm` and `synchronized` must be "
+                f"{', '.join(map(str, fixed.values()))} for ghost batches. "
+                "Received: "
+                + ", ".join(f"{name}={value}" for name, value in given.items())
             )
         if not isinstance(ghost_batch, int) or ghost_batch < 1:
             raise ValueError(
-                "A ghost batch has at least one example. Expected an int >= 1. "
+                "`ghost_batch` must be an int >= 1. "
                 f"Received: ghost_batch={ghost_batch!r}"
             )
         super().__init__(**kwargs)
@@ -114,11 +116,10 @@ class GhostBatchNormalization(layers.BatchNormalization):
         return tf.cast(tf.ensure_shape(outputs, inputs.shape), inputs.dtype)
 
     def _parts(self, inputs):
-        """Returns the batch as (parts, examples per part, ...)."""
+        """Reshapes the batch to (parts, examples per part, ...)."""
         uneven = (
-            "Ghost batches do not divide the batch. Expected a multiple of "
-            "ghost_batch, or less than that. Received: "
-            f"ghost_batch={self.ghost_batch}, batch="
+            "`ghost_batch` must divide the batch, or be larger than it. "
+            f"Received: ghost_batch={self.ghost_batch}, batch="
         )
         size = inputs.shape[0]
         if size is None:
@@ -139,7 +140,7 @@ class GhostBatchNormalization(layers.BatchNormalization):
         )
 
     def _average(self, moving, values):
-        """Includes the mean over the parts in a moving statistic."""
+        """Updates a moving statistic with the mean over the parts."""
         mean = tf.reduce_mean(tf.reshape(values, [-1, values.shape[-1]]), 0)
         moving.assign(moving * self.momentum + mean * (1 - self.momentum))
 
@@ -148,20 +149,20 @@ class GhostBatchNormalization(layers.BatchNormalization):
 
 
 def resnet(size, *, image_size):
-    """Returns the model: standardized images to logits.
+    """Returns a model from standardized images to logits.
 
     Args:
         size: `Size`.
         image_size: int, pixels of a side.
 
     Returns:
-        `tf_adascale.Model`, images (batch, image_size, image_size, 3) to logits
-        (batch, size.classes).
+        `tf_adascale.Model` from images (batch, image_size, image_size, 3) to
+        logits (batch, size.classes).
 
-    Reference: He et al., "Deep Residual Learning for Image Recognition", 2016,
-    with what Goyal et al., "Accurate, Large Minibatch SGD", 2017 changed: the
-    3x3 convolutions have the strides, a block begins as the identity, and the
-    last layer with small weights.
+    References: He et al., "Deep Residual Learning for Image Recognition", 2016.
+    Three changes are from Goyal et al., "Accurate, Large Minibatch SGD", 2017:
+    the 3x3 convolutions have the strides, each block is initialized as the
+    identity, and the last layer is initialized with small weights.
     """
     inputs = keras.Input((image_size, image_size, 3))
     x = _convolution(inputs, size.width, kernel=size.stem_kernel, strides=2)
@@ -183,11 +184,12 @@ def resnet(size, *, image_size):
         kernel_regularizer=_weight_decay(),
         dtype="float32",
     )(x)
+    # AdaScale: a keras.Model whose training step has micro-batches.
     return tf_adascale.Model(inputs, logits, name="resnet")
 
 
 def _bottleneck(x, size, *, width, strides):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut."""
+    """Adds 1x1, 3x3 and 1x1 convolutions to a shortcut."""
     shortcut = x
     if strides > 1 or x.shape[-1] != EXPANSION * width:
         shortcut = _convolution(x, EXPANSION * width, kernel=1, strides=strides)
@@ -222,5 +224,5 @@ def _normalized(x, size, *, scale_initializer="ones"):
 
 
 def _weight_decay():
-    # Its gradient is WEIGHT_DECAY * kernel.
+    # The gradient of the penalty is WEIGHT_DECAY * kernel.
     return keras.regularizers.L2(WEIGHT_DECAY / 2)

@@ -1,18 +1,20 @@
-"""Trains ResNet-50 on ImageNet, or a small one on colored digits on photos.
+r"""Trains ResNet-50 on ImageNet, or a small one on colored digits on photos.
 
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: imagenet, appendix B.4.2
+
+Miniature, no download:
+
 Command:  python -m examples.imagenet.train --algorithm=adascale --scale=32
 Hardware: 2 CPU cores
 Time:     4 minutes; 41 seconds with --algorithm=identity --scale=1
-Metric:   accuracy on the test split: 98 %, as with --scale=1; 16 % with
-          --algorithm=lsw
+Metric:   accuracy on the test split: 98 % for both; 16 % with --algorithm=lsw
 
-Full size, after ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar were placed
-in DIRECTORY/downloads/manual:
+Full size, the paper's model and data. First place ILSVRC2012_img_train.tar and
+ILSVRC2012_img_val.tar in DIR/downloads/manual:
 
-Command:  python -m examples.prepared imagenet2012 --data_dir=DIRECTORY
-          python -m examples.imagenet.train --data=tfds --data_dir=DIRECTORY \
+Command:  python -m examples.common.data.prepared imagenet2012 --data_dir=DIR
+          python -m examples.imagenet.train --data=tfds --data_dir=DIR \
               --strategy=mirrored --scale=16
 Hardware: GPUs
 Metric:   accuracy on ImageNet's validation split
@@ -21,11 +23,11 @@ Metric:   accuracy on ImageNet's validation split
 import keras
 from absl import app
 
-from examples import data_flags, flags, training
+from examples.common import data_flags, flags, training
 from examples.imagenet import data as sources
 from examples.imagenet import model
 
-# Of total_steps: where the learning rate becomes a tenth of what it was.
+# Fractions of total_steps after which the learning rate falls to a tenth.
 DECAYS = (150_240 / 451_000, 300_480 / 451_000, 400_640 / 451_000)
 
 
@@ -40,14 +42,14 @@ def task(
     """Returns the benchmark as a `training.Task`.
 
     Args:
-        data: str, "embedded" for the miniature, "tfds" for ImageNet.
-        data_dir: str, where ImageNet was prepared.
-        split: str, "test" or "validation": what is tested on.
+        data: str, "embedded" for the miniature or "tfds" for ImageNet.
+        data_dir: str, directory in which ImageNet was prepared.
+        split: str, "test" or "validation", the data to test on.
         learning_rate: float, of the first step at the base batch.
         image_size: int, pixels of a side of ImageNet's images.
 
     Raises:
-        ValueError: if data or split are none of these.
+        ValueError: if `data` or `split` is unknown.
     """
     if data == "tfds":
         source = sources.ImageNet(split, data_dir, image_size)
@@ -74,7 +76,7 @@ def task(
 
 
 def step_decay(learning_rate, total_steps):
-    """Returns the schedule of ImageNet, stretched to a number of steps."""
+    """Returns the paper's schedule, stretched to a number of steps."""
     return keras.optimizers.schedules.PiecewiseConstantDecay(
         [round(fraction * total_steps) for fraction in DECAYS],
         [learning_rate / 10**decays for decays in range(len(DECAYS) + 1)],
@@ -82,7 +84,7 @@ def step_decay(learning_rate, total_steps):
 
 
 def main(_):
-    """Trains as the flags say."""
+    """Trains with the settings of the flags."""
     training.run(
         task(**data_flags.values(), **flags.overrides()), flags.settings()
     )

@@ -1,10 +1,10 @@
-"""LibriSpeech, and digit words from a synthesizer, as log spectrograms.
+"""LibriSpeech, or synthesized digit words in its place, as log spectrograms.
 
-LibriSpeech is read from tensorflow-datasets. Training is on train-clean-100 and
-train-clean-360, 460 hours, the test on dev-clean, as in the paper.
+The full size trains on train-clean-100 and train-clean-360, 460 hours, and
+tests on dev-clean, as in the paper.
 
 Recordings and transcripts are padded to one length, so that all batches have
-the same shape. What does not fit is left out, counted and told of.
+the same shape. Examples that are too long are dropped, counted and logged.
 """
 
 import functools
@@ -14,28 +14,28 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from examples import drops, prepared, streams
+from examples.common.data import drops, prepared, streams
 from examples.speech import model, synthesizer
 
-# Symbols 1 to 28. Symbol 0 is the blank, and the padding of transcripts.
+# Symbols 1 to 28. Symbol 0 is the blank and also pads transcripts.
 CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"
 UNKNOWN = -1
 
 BY_HAND = "ffmpeg on the PATH, and the Python package pydub"
-# The fastest reading that is not left out, in characters per second.
+# Recordings with more characters per second are dropped.
 FASTEST = 25
-# 12 seconds are 1.5 megabytes: 16,000 samples a second of 8 bytes. All records
-# were shuffled when they were prepared.
+# A record of 12 seconds takes 1.5 MB: 16,000 samples per second of 8 bytes. The
+# buffer can be small because preparing has shuffled the records.
 SHUFFLE_BUFFER = 500
 
-# Of the miniature. No speaker is in two parts.
+# Numbers of speakers of the miniature. No speaker is in two parts.
 SPEAKERS = {"train": 80, "validation": 32, "test": 40}
 RECORDINGS_PER_SPEAKER = 12
 MOST_WORDS = 2
 
 
 class Format(NamedTuple):
-    """What recordings and transcripts must fit in.
+    """The format of recordings and the maximum lengths.
 
     Attributes:
         sample_rate: int, in Hz.
@@ -49,7 +49,7 @@ class Format(NamedTuple):
 
     @property
     def bins(self):
-        """Int, frequencies of a spectrogram."""
+        """Int, number of frequencies of a spectrogram."""
         return self.window // 2 + 1
 
     @property
@@ -59,7 +59,7 @@ class Format(NamedTuple):
 
     @property
     def hop(self):
-        """Int, samples from one window to the next, 10 ms."""
+        """Int, samples between the starts of two windows, 10 ms."""
         return self.sample_rate // 100
 
     @property
@@ -68,22 +68,22 @@ class Format(NamedTuple):
         return round(self.seconds * self.sample_rate)
 
     def frames(self, samples):
-        """Returns the number of windows in that many samples."""
+        """Returns the number of windows in a number of samples."""
         return (samples - self.window + self.hop) // self.hop
 
 
-# Two of the longest words, slowly.
+# Long enough for two of the longest words, spoken slowly.
 DIGITS = Format(synthesizer.SAMPLE_RATE, seconds=1.0, characters=11)
 
 
 class Source(NamedTuple):
-    """Recordings with transcripts, and how they are made ready.
+    """Recordings with transcripts, and their preprocessing.
 
     Attributes:
-        splits: callable, () to what is trained and tested on: each a finite
-            `tf.data.Dataset` of records, and its size.
+        splits: callable, () to the training and the test records. Each is a
+            finite `tf.data.Dataset` and its size.
         formats: `Format` of the training and of the test examples.
-        buffer_size: int, records held for shuffling.
+        buffer_size: int, size of the shuffle buffer.
         examples: callable, (records, format) to examples, see `examples`.
     """
 
@@ -100,11 +100,11 @@ class Source(NamedTuple):
         Args:
             batch_size: int >= 1, examples per batch of all workers.
             seed: int, of the order.
-            start: int >= 0, number of records to leave out.
-            share: `streams.Share`, the part of every batch to read.
+            start: int >= 0, number of records to skip.
+            share: `streams.Share`, the part of each batch to read.
 
         Returns:
-            `tf.data.Dataset` of batches of what `examples` returns.
+            `tf.data.Dataset` of batches, see `examples`.
         """
         (records, size), _ = self.splits()
         stream = streams.records(
@@ -135,12 +135,11 @@ def librispeech(
     """Returns LibriSpeech as a `Source`: 460 hours of people reading books.
 
     Args:
-        data_dir: str, where tensorflow-datasets has it prepared; by default
-            where it prepares what it is not told where to.
-        validation: bool, whether to train on train-clean-360 only and to test
-            on a tenth of train-clean-100: they have no speaker in common.
-        seconds: float, length of the longest recording that is trained on.
-        test_seconds: float, likewise that is tested on.
+        data_dir: str, see `prepared.load`.
+        validation: bool, whether to train on train-clean-360 only and test on
+            a tenth of train-clean-100. The two have no speaker in common.
+        seconds: float, length of the longest training recording.
+        test_seconds: float, length of the longest test recording.
     """
     parts = ("train_clean100+train_clean360", "dev_clean")
     if validation:
@@ -167,13 +166,13 @@ def librispeech(
 
 
 def digits(*, validation=False):
-    """Returns digit words from a synthesizer as a `Source`.
+    """Returns synthesized digit words as a `Source`.
 
-    Its records are examples: spectrograms are computed once.
+    Its records are examples already: spectrograms are computed once.
 
     Args:
-        validation: bool, whether to test on other speakers, those that
-            hyper-parameters are chosen by. Without it, they are trained on.
+        validation: bool, whether to hold out and test on the speakers for
+            validation. By default, they are trained on.
     """
     parts = (("train", "validation"), ("test",))
     if validation:
@@ -198,7 +197,7 @@ def recordings(*parts):
         *parts: str, keys of `SPEAKERS`.
 
     Returns:
-        list of dicts of "speech", int16 samples, "text", and "speaker_id".
+        list of dicts with "speech" (int16 samples), "text" and "speaker_id".
     """
     found = []
     for part in parts:
@@ -225,7 +224,7 @@ def recordings(*parts):
 
 
 def _in_memory(records):
-    """Returns recordings as a `tf.data.Dataset` of examples, and its size."""
+    """Returns a `tf.data.Dataset` of the recordings' examples, and its size."""
     dataset = tf.data.Dataset.from_generator(
         lambda: records,
         output_signature={
@@ -243,10 +242,10 @@ def encode(text):
     """Returns the symbols of a text.
 
     Args:
-        text: string tensor, of any case.
+        text: string tensor, upper or lower case.
 
     Returns:
-        int32 tensor of one symbol per byte, `UNKNOWN` for what has none.
+        int32 tensor of one symbol per byte, `UNKNOWN` for other characters.
 
     Example:
 
@@ -261,7 +260,7 @@ def encode(text):
 
 
 def decode(symbols):
-    """Returns the text of symbols; nothing stands for 0 and less.
+    """Returns the text of symbols, without those that are 0 or negative.
 
     Example:
 
@@ -272,15 +271,15 @@ def decode(symbols):
 
 
 def spectrogram(speech, form):
-    """Returns the logarithm of a recording's spectrum over time.
+    """Returns the log spectrogram of a recording.
 
     Args:
-        speech: int16 samples in a tensor of any integers, shape (samples,).
+        speech: integers in the range of int16, shape (samples,).
         form: `Format`.
 
     Returns:
-        float32 tensor of shape (form.frames(samples), form.bins), of mean 0 and
-        standard deviation 1.
+        float32 tensor of shape (form.frames(samples), form.bins) with mean 0
+        and standard deviation 1.
     """
     spectrum = tf.signal.stft(
         tf.cast(speech, tf.float32) / 2**15,
@@ -288,16 +287,16 @@ def spectrogram(speech, form):
         frame_step=form.hop,
         fft_length=form.window,
     )
-    # What is added is less than the rounding to 16 bits makes: no log of 0.
+    # The constant avoids log(0). It is smaller than the error of 16 bits.
     features = tf.math.log(tf.abs(spectrum) + 1e-5)
     mean, variance = tf.nn.moments(features, [0, 1])
     return (features - mean) / (tf.sqrt(variance) + 1e-5)
 
 
 def frames_needed(labels):
-    """Returns the least number of frames that a transcript takes under CTC.
+    """Returns the number of frames that CTC needs for a transcript.
 
-    One per character, and a blank between two that are the same.
+    CTC needs one per character, and a blank between two equal characters.
 
     Example:
 
@@ -309,17 +308,17 @@ def frames_needed(labels):
 
 
 def examples(records, form):
-    """Returns the examples that records make, without those that do not fit.
+    """Returns the examples of records and drops those that do not fit.
 
     Args:
-        records: `tf.data.Dataset` of dicts of "speech", int64 samples, and
+        records: `tf.data.Dataset` of dicts with "speech" (integer samples) and
             "text".
         form: `Format`.
 
     Returns:
-        `tf.data.Dataset` of (inputs, labels): a dict of "features" and
-        "lengths", see `model.deep_speech`; and the symbols of the transcript,
-        padded with 0.
+        `tf.data.Dataset` of (inputs, labels). The inputs are a dict with
+        "features" and "lengths", see `model.deep_speech`. The labels are the
+        symbols of the transcript, padded with 0.
     """
 
     def fits(speech, labels):

@@ -10,13 +10,13 @@ Full size:
     dense             800 to 28 characters and the blank            23,229
     batch norm        on the input of each of the 8 layers          10,690
 
-What the paper (appendix B.4.3) leaves open is as in Amodei et al.: the kernels,
-the clipped ReLU after each convolution, and the sum.
+The AdaScale paper (appendix B.4.3) does not specify the kernels, the clipped
+ReLU after each convolution, and the sum: they are from Amodei et al.
 
-Utterances of a batch are padded to one length, and padding changes nothing: it
-is zero where a convolution reaches it, it does not count in the batch
-statistics, the recurrent layers skip it (the backward one begins with the last
-frame of an utterance), and there the network is certain of the blank.
+The utterances of a batch are padded to one length. Padding does not change the
+result: convolutions see zeros, the batch statistics ignore it, the recurrent
+layers skip it (the backward one starts at the last frame of an utterance), and
+the output there is the blank with probability 1.
 
 Reference: Amodei et al., "Deep Speech 2: End-to-End Speech Recognition in
 English and Mandarin", 2016.
@@ -32,19 +32,19 @@ import tf_adascale
 
 # Frames of the spectrogram per frame of the network's output.
 TIME_STRIDE = 2
-# The logit of a character where there is only padding: exp(-1e4) is 0.
+# The logit of every character in the padding: exp(-1e4) is 0.
 IMPOSSIBLE = -1e4
 
 
 class Size(NamedTuple):
-    """How large the network is.
+    """The size of the network.
 
     Attributes:
         filters: int, channels of each convolution.
-        kernels: sizes of the two convolutions' kernels, (frames, bins).
+        kernels: two tuples (frames, bins), the sizes of the kernels.
         recurrent_layers: int, number of bidirectional GRUs.
-        units: int, width of each of their directions.
-        momentum: float, of the batch normalization's averages.
+        units: int, width of each direction of a GRU.
+        momentum: float, of the moving statistics of batch normalization.
     """
 
     filters: int
@@ -71,7 +71,7 @@ MINIATURE = Size(
 
 
 def output_lengths(lengths):
-    """Returns how many output frames come of frames of a spectrogram.
+    """Returns the number of output frames for frames of a spectrogram.
 
     Example:
 
@@ -83,10 +83,10 @@ def output_lengths(lengths):
 
 @keras.saving.register_keras_serializable("speech")
 class FrameMask(layers.Layer):
-    """Says which frames of a spectrogram are not padding.
+    """Returns a mask of the frames that are not padding.
 
-    Call it with frames, shape (batch, time, ...), and the number of those that
-    are no padding, shape (batch,). Returns bool, shape (batch, time).
+    The inputs are frames, shape (batch, time, ...), and the lengths without
+    padding, shape (batch,). The output is bool, shape (batch, time).
     """
 
     def call(self, frames, lengths):
@@ -96,15 +96,15 @@ class FrameMask(layers.Layer):
 def deep_speech(size, *, bins, symbols):
     """Returns the model.
 
-    Its inputs are a dict of `features`, shape (batch, frames, bins), and
-    `lengths`, int32, shape (batch,): the frames that are not padding. It
-    returns logits of shape (batch, output_lengths(frames), symbols), of which
-    the first is CTC's blank.
+    The inputs are a dict of `features`, shape (batch, frames, bins), and
+    `lengths`, int32, shape (batch,), the numbers of frames without padding. The
+    outputs are logits, shape (batch, output_lengths(frames), symbols). Symbol 0
+    is CTC's blank.
 
     Args:
         size: `Size`.
-        bins: int, frequencies of the spectrogram.
-        symbols: int, number of characters, and one for the blank.
+        bins: int, number of frequencies of the spectrogram.
+        symbols: int, number of characters, plus one for the blank.
     """
     features = keras.Input((None, bins), name="features")
     lengths = keras.Input((), dtype="int32", name="lengths")
@@ -119,7 +119,7 @@ def deep_speech(size, *, bins, symbols):
     def convolution(x, mask, kernel, strides):
         x = normalized(x, mask)
         x = x * ops.cast(mask[:, :, None, None], x.dtype)
-        # As padding="same", which would pad the left by the parity of the time.
+        # padding="same" would pad the left side by the parity of the time.
         x = layers.ZeroPadding2D([(k // 2, k // 2) for k in kernel])(x)
         x = layers.Conv2D(size.filters, kernel, strides)(x)
         return layers.ReLU(max_value=20)(x)
@@ -137,6 +137,7 @@ def deep_speech(size, *, bins, symbols):
     logits = layers.Dense(symbols, dtype="float32")(normalized(x, mask))
     padding = np.array([0.0] + [IMPOSSIBLE] * (symbols - 1), "float32")
     logits = ops.where(mask[:, :, None], logits, padding)
+    # AdaScale: a keras.Model whose training step has micro-batches.
     return tf_adascale.Model(
         {"features": features, "lengths": lengths}, logits, name="deep_speech"
     )

@@ -1,23 +1,22 @@
-"""Digit words spoken by invented speakers: a formant synthesizer in NumPy.
+"""Digit words spoken by synthetic speakers: a formant synthesizer in NumPy.
 
 A voice is a train of glottal pulses. Each pulse makes the vocal tract ring: a
 sum of damped sinusoids, one per resonance (formant). Vowels, nasals and glides
-differ in the formants' frequencies; fricatives are noise through a resonance of
-their own; plosives are silence and a burst of such noise. Phones last for 20 to
-90 milliseconds, and formants glide from one to the next.
+differ in the frequencies of the formants. Fricatives are noise through another
+resonance. Plosives are silence and a burst of such noise. Phones last 20 to 90
+milliseconds, and formants glide from one phone to the next.
 
-References: Klatt, "Software for a cascade/parallel formant synthesizer", 1980;
-vowels' formants: Peterson and Barney, "Control methods used in a study of the
-vowels", 1952, rounded.
+References: Klatt, "Software for a cascade/parallel formant synthesizer", 1980.
+The formants of the vowels are rounded from Peterson and Barney, "Control
+methods used in a study of the vowels", 1952.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-# In Hz, of all that is synthesized.
-SAMPLE_RATE = 8000
-# How long a pulse rings, and a grain of noise.
+SAMPLE_RATE = 8000  # In Hz.
+# Durations for which a pulse rings, and noise.
 PULSE_SECONDS = 0.016
 NOISE_SECONDS = 0.004
 FOURTH_FORMANT = 3500
@@ -25,7 +24,7 @@ BANDWIDTHS = np.array([70, 90, 130, 200])
 
 
 class Phone(NamedTuple):
-    """A sound of speech, as the average speaker makes it.
+    """A sound of speech, as the average speaker produces it.
 
     Attributes:
         seconds: float, duration.
@@ -89,13 +88,13 @@ SILENCE = Phone(0.05)
 
 
 class Speaker(NamedTuple):
-    """What is constant in one person's voice.
+    """The properties of one speaker's voice.
 
     Attributes:
         pitch: float, in Hz.
         tract: float, factor of the formants: 1 / length of the vocal tract.
         tempo: float, factor of the durations.
-        brightness: float, amplitude of a formant / that of the one below.
+        brightness: float, amplitude of a formant / that of the formant below.
         noise: float, amplitude of the room's noise.
     """
 
@@ -107,20 +106,21 @@ class Speaker(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What is to be said, and when.
+    """The phones to speak, with their times.
 
     Attributes:
         phones: list of `Phone`.
-        ends: float64, shape (len(phones),), when each ends, in seconds.
+        ends: float64, shape (len(phones),), the end of each phone in seconds.
     """
 
     phones: list[Phone]
     ends: np.ndarray
 
     def at(self, times, values):
-        """Returns what values of the phones are at some times.
+        """Interpolates values of the phones at some times.
 
-        A phone holds its value over its middle half, and glides between.
+        A value is constant over the middle half of its phone, and linear
+        between phones.
         """
         seconds = np.diff(self.ends, prepend=0)
         knots = self.ends - np.outer([0.75, 0.25], seconds)
@@ -141,12 +141,12 @@ def speaker(generator):
 def speak(words, *, speaker, generator):
     """Returns a recording of words: int16 samples at `SAMPLE_RATE`.
 
-    No two recordings of the same words by the same speaker are the same.
+    Every recording is different, even of the same words and speaker.
 
     Args:
         words: list of keys of `WORDS`.
         speaker: `Speaker`.
-        generator: `np.random.Generator`, of what differs between recordings.
+        generator: `np.random.Generator` of the differences.
 
     Example:
 
@@ -169,16 +169,16 @@ def speak(words, *, speaker, generator):
     return np.round(32767 * np.clip(samples, -1, 1)).astype("int16")
 
 
-def _places(seconds):
-    """Returns the numbers of the samples at some times."""
+def _indices(seconds):
+    """Returns the indices of the samples at some times."""
     return (np.asarray(seconds) * SAMPLE_RATE).astype(int)
 
 
 def _voice(score, *, speaker, generator):
-    """Returns the glottal pulses, each through the formants of its time."""
+    """Returns the glottal pulses, filtered by the formants of their times."""
     phones, ends = score
-    # Pitch falls from one pulse to the next, and no period is quite like the
-    # last. There are more of them than there is time for.
+    # The pitch falls from pulse to pulse, and each period varies a little.
+    # There are more pulses than fit: the rest is cut off.
     count = int(2 * speaker.pitch * ends[-1])
     fall = np.linspace(1.1, 0.7, count) * generator.uniform(0.9, 1.1)
     jitter = generator.uniform(0.97, 1.03, count)
@@ -194,23 +194,23 @@ def _voice(score, *, speaker, generator):
     amplitudes = np.outer(loudness, speaker.brightness ** np.arange(4))
     amplitudes[frequencies >= SAMPLE_RATE / 2] = 0
 
-    times = np.arange(_places(PULSE_SECONDS)) / SAMPLE_RATE
+    times = np.arange(_indices(PULSE_SECONDS)) / SAMPLE_RATE
     rings = np.exp(-np.pi * np.outer(BANDWIDTHS, times)) * np.sin(
         2 * np.pi * frequencies[..., np.newaxis] * times
     )
     pulses = np.einsum("pf,pft->pt", amplitudes, rings)
-    samples = np.zeros(_places(ends[-1]))
-    places = _places(starts)[:, np.newaxis] + np.arange(len(times))
-    np.add.at(samples, places, pulses)
+    samples = np.zeros(_indices(ends[-1]))
+    indices = _indices(starts)[:, np.newaxis] + np.arange(len(times))
+    np.add.at(samples, indices, pulses)
     return samples
 
 
 def _noise(score, *, generator):
-    """Returns the noise of fricatives and bursts, each through its band."""
+    """Returns the noise of fricatives and bursts, filtered by their bands."""
     phones, ends = score
-    samples = np.zeros(_places(ends[-1]))
-    times = np.arange(_places(NOISE_SECONDS)) / SAMPLE_RATE
-    bounds = _places([0, *ends])
+    samples = np.zeros(_indices(ends[-1]))
+    times = np.arange(_indices(NOISE_SECONDS)) / SAMPLE_RATE
+    bounds = _indices([0, *ends])
     for phone, start, end in zip(phones, bounds, bounds[1:]):
         if phone.noise:
             centre, width = phone.noise_band

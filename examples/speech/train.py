@@ -3,18 +3,18 @@
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: speech, tables 1 to 3 and B.4.3
 
-The miniature, which needs no download:
+Miniature, no download:
 
 Command:  python -m examples.speech.train --algorithm=adascale --scale=16
 Hardware: 2 CPU cores
-Time:     8 minutes beside other work; 51 seconds with --algorithm=identity
-          --scale=1 and nothing beside it
-Metric:   word accuracy, 1 - word error rate, on the test split's speakers:
+Time:     8 minutes on a busy machine; 51 seconds with --algorithm=identity
+          --scale=1 on an idle one
+Metric:   word accuracy (1 - word error rate) on the speakers of the test split:
           98 %; 99 to 100 % with --algorithm=identity --scale=1
 
-The paper's model and data:
+Full size, the paper's model and data:
 
-Command:  python -m examples.prepared librispeech --data_dir=DIR
+Command:  python -m examples.common.data.prepared librispeech --data_dir=DIR
           python -m examples.speech.train --data=tfds --data_dir=DIR --scale=8
 Hardware: a GPU, or several with --strategy=mirrored
 Metric:   word accuracy on dev-clean: 79.6 % in the paper at S = 1
@@ -26,7 +26,7 @@ import tensorflow as tf
 from absl import app
 from absl import flags as absl_flags
 
-from examples import data_flags, flags, training
+from examples.common import data_flags, flags, inference, training
 from examples.speech import data as sources
 from examples.speech import model
 
@@ -36,8 +36,8 @@ DECAY = 0.05
 _SECONDS = absl_flags.DEFINE_float(
     "seconds",
     17.0,
-    "Length of the longest recording that the full size is trained on: longer "
-    "ones are left out, shorter ones padded.",
+    "Length of the recordings that the full size is trained on: longer ones "
+    "are dropped, shorter ones are padded.",
     lower_bound=0.1,
 )
 
@@ -55,15 +55,15 @@ def task(
 
     Args:
         data: str, "embedded" for the miniature or "tfds" for the full size.
-        data_dir: str, where tensorflow-datasets has LibriSpeech prepared.
-        split: str, "test" or "validation", what is tested on.
-        learning_rate: float, of the first step at the base batch; by default
-            the paper's 0.0014, or 0.006 for the miniature.
+        data_dir: str, directory in which LibriSpeech was prepared.
+        split: str, "test" or "validation", the data to test on.
+        learning_rate: float, of the first step at the base batch. Default: the
+            paper's 0.0014, or 0.006 for the miniature.
         seconds: float, see `sources.librispeech`.
-        test_seconds: float, likewise.
+        test_seconds: float, see `sources.librispeech`.
 
     Raises:
-        ValueError: if data or split are none of these.
+        ValueError: if `data` or `split` is unknown.
     """
     name = data_flags.task_name("speech", data=data, split=split)
     validation = split == "validation"
@@ -106,10 +106,10 @@ def task(
 
 
 def evaluate(network, dataset):
-    """Returns the loss, and the word accuracy of greedy decoding.
+    """Returns the loss and the word accuracy of greedy decoding.
 
     Args:
-        network: Keras model, of examples to logits.
+        network: Keras model from examples to logits.
         dataset: `tf.data.Dataset` of batches of `sources.examples`.
 
     Returns:
@@ -117,7 +117,7 @@ def evaluate(network, dataset):
     """
     loss = tf.function(keras.losses.ctc, reduce_retracing=True)
     losses, references, hypotheses = [], [], []
-    for (_, labels), logits in training.predictions(network, dataset):
+    for (_, labels), logits in inference.predictions(network, dataset):
         losses.extend(loss(labels, logits).numpy())
         references += map(sources.decode, labels.numpy())
         hypotheses += transcripts(logits)
@@ -131,8 +131,8 @@ def transcripts(logits):
     """Returns the texts of greedy decoding.
 
     Args:
-        logits: float, shape (batch, time, symbols). Where there is padding, the
-            blank's are the largest, and stand for nothing.
+        logits: float, shape (batch, time, symbols). In the padding the blank
+            has the largest logit, so padding adds no text.
 
     Returns:
         list of str.
@@ -143,10 +143,10 @@ def transcripts(logits):
 
 
 def word_accuracy(references, hypotheses):
-    """Returns 1 - word error rate, or 0 where errors outnumber the words.
+    """Returns 1 - word error rate, or 0 if there are more errors than words.
 
     Args:
-        references: list of str, none of them empty.
+        references: list of non-empty str.
         hypotheses: list of str.
 
     Example:
@@ -158,7 +158,7 @@ def word_accuracy(references, hypotheses):
 
 
 def main(_):
-    """Trains as the flags say."""
+    """Trains with the settings of the flags."""
     training.run(
         task(
             **data_flags.values(),

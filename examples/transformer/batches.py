@@ -1,9 +1,9 @@
-"""Dynamic batching: as many sentence pairs as a number of tokens has room for.
+"""Dynamic batching: batches of a number of tokens, not of sentence pairs.
 
-Pairs of like length share a bucket and are padded to its length L. A base batch
-of `tokens` tokens is tokens // L pairs of one bucket; a step at scale S takes S
-times as many, of one bucket too, as tensor2tensor does, so that it divides into
-S equal micro-batches, each a base batch.
+Pairs of similar length share a bucket and are padded to its length L. A base
+batch of `tokens` tokens is tokens // L pairs of one bucket. A step at scale S
+takes S times as many pairs, also of one bucket, like tensor2tensor. So it
+divides into S equal micro-batches, each of them a base batch.
 """
 
 import itertools
@@ -11,20 +11,20 @@ import itertools
 import numpy as np
 import tensorflow as tf
 
-from examples import streams
+from examples.common.data import streams
 from examples.transformer import vocabulary
 
 
 def bucket_lengths(longest, *, shortest=8, growth=1.25):
     """Returns the lengths that pairs are padded to.
 
-    They are few, as each is a shape that XLA compiles for, and near enough to
-    one another that little is padding.
+    Few lengths mean few compilations by XLA. A small growth means little
+    padding.
 
     Args:
-        longest: int, the last of them.
-        shortest: int, the first of them.
-        growth: number > 1, at least the quotient of two neighbors.
+        longest: int, the last length.
+        shortest: int, the first length.
+        growth: number > 1, ratio of successive lengths, which are rounded up.
 
     Returns:
         List of int.
@@ -43,21 +43,21 @@ def bucket_lengths(longest, *, shortest=8, growth=1.25):
 def plan(lengths, *, buckets, tokens, scale, seed, number):
     """Returns the steps of one pass over the pairs.
 
-    Every pair is used once, in an order that (seed, number) decides. What a
-    bucket has left that is no step is padded to the next bucket's length; what
-    the last has left is not used in this pass. The number of steps is the same
-    in every pass.
+    Each pair is used at most once, in an order that depends on (seed, number).
+    Pairs of a bucket that do not fill a step move to the next bucket. Pairs
+    that are left in the last bucket are not used in this pass. The number of
+    steps is the same in every pass.
 
     Args:
-        lengths: int, shape (pairs,): tokens of the longer sentence of a pair.
+        lengths: int, shape (pairs,), tokens of the longer sentence of a pair.
         buckets: list of int, see `bucket_lengths`.
-        tokens: int, tokens of a base batch, padding included.
-        scale: int, base batches of a step.
+        tokens: int, tokens of a base batch, including padding.
+        scale: int, base batches per step.
         seed: int.
-        number: int, of the pass.
+        number: int, number of the pass.
 
     Returns:
-        List of (length that is padded to, numbers of the pairs).
+        List of (padded length, indices of the pairs).
 
     Example:
 
@@ -99,37 +99,37 @@ def train_dataset(
     start=0,
     share=streams.Share(),
 ):
-    """Returns endless batches of a corpus: one worker's part of each.
+    """Returns one worker's part of endless batches of a corpus.
 
-    Batch t depends on nothing but (batch_size, seed, start) and t. To begin
-    anywhere in the stream takes no longer than to begin at its start.
+    Batch t depends only on (batch_size, seed, start) and t. Starting at any
+    position of the stream takes the same time.
 
     Args:
         corpus: `corpus.Corpus`.
-        batch_size: int, tokens of the batch of all workers, padding included: a
+        batch_size: int, tokens per batch of all workers, including padding. A
             multiple of `tokens`.
         buckets: list of int, see `bucket_lengths`.
         tokens: int, tokens of a base batch.
         seed: int.
         start: int, tokens already trained on: base batches times `tokens`. If
-            that is no multiple of the batch, for the scale has changed, the
-            pass goes on from about where it was, in another order.
-        share: `streams.Share`: a worker reads some of a batch's base batches.
+            this is not a multiple of the batch size because the scale has
+            changed, the pass continues near its position in another order.
+        share: `streams.Share`. A worker reads whole base batches.
 
     Returns:
         `tf.data.Dataset` of ({"source": ids, "target": ids}, labels), int32 of
-        shape (pairs, length): "target" are the labels after
-        `vocabulary.START`, all are padded with `vocabulary.PADDING`.
+        shape (pairs, length). "target" is `vocabulary.START` followed by the
+        labels without the last. All are padded with `vocabulary.PADDING`.
 
     Raises:
-        ValueError: if the batch cannot be made of base batches, the workers
-            cannot share it, or a pass has not pairs enough for it.
+        ValueError: if `batch_size` is not a multiple of the base batches of all
+            workers, or the corpus is too small for a batch.
     """
     scale = batch_size // tokens
     if scale * tokens != batch_size or scale % share.count or not scale:
         raise ValueError(
-            "The batch cannot be made of base batches, as many for each "
-            f"worker. Expected a multiple of {tokens} * {share.count} tokens. "
+            f"`batch_size` must be a multiple of {tokens} * {share.count} "
+            "tokens: each worker takes as many base batches. "
             f"Received: batch_size={batch_size}, share={share}"
         )
     lengths = corpus.lengths.max(axis=1)
@@ -147,8 +147,8 @@ def train_dataset(
     steps_per_pass = len(steps(0))
     if not steps_per_pass:
         raise ValueError(
-            "There are not enough sentence pairs for a batch. Expected pairs "
-            f"for {batch_size} tokens. Received: pairs={len(lengths)}"
+            f"`corpus` must have enough sentence pairs for {batch_size} "
+            f"tokens. Received: pairs={len(lengths)}"
         )
     first_pass, first_step = divmod(start // batch_size, steps_per_pass)
 
@@ -173,15 +173,14 @@ def train_dataset(
 
 
 def test_dataset(sources, references, batch_size, *, buckets):
-    """Returns sentences to translate with their translations, in batches.
+    """Returns batches of sentences to translate and their translations.
 
-    Sentences of like length share a batch of at most `batch_size` tokens; a
-    batch has the references of its own sentences.
+    Sentences of similar length share a batch of at most `batch_size` tokens.
 
     Args:
         sources: list of lists of int, token ids.
         references: list of str.
-        batch_size: int.
+        batch_size: int, tokens per batch.
         buckets: list of int, see `bucket_lengths`.
 
     Returns:
@@ -213,16 +212,16 @@ def test_dataset(sources, references, batch_size, *, buckets):
 
 
 def _padded(corpus, sentences, length):
-    """Returns sentences of a corpus, padded to a length: int32."""
+    """Returns sentences of a corpus as int32, padded to a length."""
     starts = corpus.bounds[sentences][:, np.newaxis]
     ends = corpus.bounds[sentences + 1][:, np.newaxis]
-    places = starts + np.arange(length)
-    tokens = corpus.tokens[np.minimum(places, len(corpus.tokens) - 1)]
-    return np.where(places < ends, tokens, vocabulary.PADDING).astype(np.int32)
+    indices = starts + np.arange(length)
+    tokens = corpus.tokens[np.minimum(indices, len(corpus.tokens) - 1)]
+    return np.where(indices < ends, tokens, vocabulary.PADDING).astype(np.int32)
 
 
 def _shifted(labels):
-    """Returns what the decoder reads: at each place the label before it."""
+    """Returns the decoder's input: at each position, the previous label."""
     shifted = np.roll(labels, 1, axis=1)
     shifted[:, 0] = vocabulary.START
     return shifted

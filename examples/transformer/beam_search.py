@@ -1,32 +1,33 @@
-"""Beam search: the likeliest of the translations that a beam finds."""
+"""Beam search for translations."""
 
 import tensorflow as tf
 
 from examples.transformer import vocabulary
 
-# More tokens than the source, section 6.1 of Vaswani et al.
+# Maximum length of a translation minus that of its source, Vaswani et al., 6.1.
 MORE_THAN_SOURCE = 50
 
 
 def translated(model, source, *, beams=4, alpha=0.6):
     """Returns translations of sentences.
 
-    A translation's score is its log probability / ((5 + length) / 6)^alpha (Wu
-    et al., 2016, equation (14)). The search ends when no translation that is
-    unfinished can come to a better score than the best that is finished.
+    The score of a translation is its log probability / ((5 + length) / 6)^alpha
+    (Wu et al., 2016, equation (14)). The search ends when no unfinished
+    translation can exceed the best finished score.
 
     Args:
         model: `model.Transformer`.
         source: int32, shape (batch, length).
-        beams: int, unfinished translations that are kept of each sentence.
-        alpha: float, of the length penalty.
+        beams: int, number of unfinished translations to keep per sentence.
+        alpha: float, exponent of the length penalty.
 
     Returns:
-        int32, shape (batch, any length), with `vocabulary.END`, then padded.
+        int32, shape (batch, any length). Translations end with
+        `vocabulary.END`, followed by padding.
     """
     batch = tf.shape(source)[0]
     longest = tf.shape(source)[1] + MORE_THAN_SOURCE
-    # One row per beam; rows of a sentence are neighbors.
+    # One row per beam. The rows of a sentence are consecutive.
     keys_values, mask = model.encode(source)
     memory = tf.nest.map_structure(
         lambda x: tf.repeat(x, beams, axis=0), (keys_values, mask)
@@ -37,7 +38,7 @@ def translated(model, source, *, beams=4, alpha=0.6):
         return ((5 + tf.cast(length, tf.float32)) / 6) ** alpha
 
     def is_open(length, sequences, scores, past, finished, finished_scores):
-        # Log probabilities only fall, and no penalty divides by more.
+        # Log probabilities only fall, and this is the largest divisor.
         best = scores[:, 0] / penalty(longest)
         return (length < longest) & tf.reduce_any(best > finished_scores[:, 0])
 
@@ -48,11 +49,11 @@ def translated(model, source, *, beams=4, alpha=0.6):
         scores = scores[..., tf.newaxis] + tf.reshape(
             tf.nn.log_softmax(logits), [batch, beams, size]
         )
-        # Among twice as many as there are beams, at least one per beam goes on.
-        scores, places = tf.math.top_k(
+        # At most half of the best 2 * beams can end, one per beam.
+        scores, indices = tf.math.top_k(
             tf.reshape(scores, [batch, -1]), 2 * beams
         )
-        parents, tokens = places // size, places % size
+        parents, tokens = indices // size, indices % size
         sequences = tf.concat(
             [
                 tf.gather(sequences, parents, batch_dims=1),
@@ -92,7 +93,7 @@ def translated(model, source, *, beams=4, alpha=0.6):
     start = (
         tf.constant(0),
         tf.fill([batch, beams, 1], vocabulary.START),
-        # At first all beams are the same: only one counts.
+        # All beams start equal, so only the first one counts.
         tf.tile([[0.0] + [lowest] * (beams - 1)], [batch, 1]),
         past,
         tf.fill([batch, 1, 1], vocabulary.PADDING),
@@ -115,4 +116,4 @@ def translated(model, source, *, beams=4, alpha=0.6):
     )
     is_finished = finished_scores > lowest
     best = tf.where(is_finished, finished[:, 0], sequences[:, 0])
-    return best[:, 1:]  # Without the start.
+    return best[:, 1:]  # Without START.

@@ -1,8 +1,8 @@
-"""Sentence pairs as token ids: encoded once, kept on disk, read by memory map.
+"""Sentence pairs as token ids: encoded once, cached on disk, memory-mapped.
 
 Encoding the 4.5 million pairs of WMT takes minutes, and training reads them in
-any order: they are kept as two arrays, in a directory that appears when it is
-complete.
+random order. So the pairs are stored as two arrays, in a directory that is
+created atomically.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from examples.transformer import vocabulary
 
 CHUNK = 10_000
-# The records that tell two datasets of one name and size apart.
+# Number of records that identify a dataset, with its name and size.
 _FINGERPRINTED = 1000
 _TOKENIZER = "tokenizer.json"
 
@@ -46,9 +46,9 @@ class Corpus(NamedTuple):
 
     Attributes:
         tokens: uint16, shape (tokens,): source, target, source, target ... each
-            with its `vocabulary.END`.
-        bounds: int64, shape (2 * pairs + 1,): sentence i, of either language,
-            is tokens[bounds[i] : bounds[i + 1]].
+            ends with `vocabulary.END`.
+        bounds: int64, shape (2 * pairs + 1,). Sentence i, source or target, is
+            tokens[bounds[i] : bounds[i + 1]].
     """
 
     tokens: np.ndarray
@@ -61,14 +61,13 @@ class Corpus(NamedTuple):
 
 
 def prepared(pairs, *, vocabulary_size, longest, cache_dir=None):
-    """Returns the vocabulary of some pairs, and the pairs encoded with it.
+    """Returns the vocabulary of some pairs and the encoded pairs.
 
     Args:
         pairs: `Pairs`.
         vocabulary_size: int, see `vocabulary.trained`.
         longest: int, see `encode`.
-        cache_dir: str, where both are kept and looked for; by default they are
-            not kept.
+        cache_dir: str, directory in which both are cached. Default: no cache.
 
     Returns:
         `(tokenizers.Tokenizer, Corpus)`.
@@ -92,22 +91,21 @@ def prepared(pairs, *, vocabulary_size, longest, cache_dir=None):
 
 
 def encode(pairs, tokenizer, *, longest):
-    """Returns the pairs as token ids, but for those that cannot be used.
+    """Returns the pairs as token ids and drops unusable pairs.
 
-    Pairs with an empty sentence, and pairs with a longer one than `longest`,
-    are dropped, counted and logged.
+    Pairs with an empty sentence or with one longer than `longest` are dropped,
+    counted and logged.
 
     Args:
         pairs: `Pairs`.
         tokenizer: `tokenizers.Tokenizer`.
-        longest: int, tokens of a sentence at most, its `vocabulary.END`
-            included.
+        longest: int, maximum tokens of a sentence, including `vocabulary.END`.
 
     Returns:
         `Corpus`.
 
     Raises:
-        ValueError: if there are no pairs, or half of them are dropped.
+        ValueError: if there are no pairs, or at least half of them are dropped.
     """
     progress = keras.utils.Progbar(pairs.size, unit_name="pair")
     tokens, lengths, seen, empty, long = [], [np.zeros(1, np.int64)], 0, 0, 0
@@ -136,8 +134,8 @@ def encode(pairs, tokenizer, *, longest):
     )
     if 2 * (empty + long) >= seen:
         raise ValueError(
-            "Most sentence pairs are unusable. Expected fewer than half of "
-            f"them to be dropped. Received: name={pairs.name!r}, {dropped}"
+            "`pairs` must have more usable pairs than unusable ones. "
+            f"Received: name={pairs.name!r}, {dropped}"
         )
     if empty + long:
         logging.warning("%s: pairs dropped: %s", pairs.name, dropped)
@@ -145,14 +143,14 @@ def encode(pairs, tokenizer, *, longest):
 
 
 def _fingerprint(pairs, *settings):
-    """Returns a name that another dataset or other settings would not have."""
+    """Returns a name that identifies the dataset and the settings."""
     first = list(itertools.islice(pairs.read(), _FINGERPRINTED))
     content = json.dumps([pairs.name, pairs.size, first, *settings])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _write(directory, tokenizer, corpus):
-    """Makes a directory with both, which appears only when it is complete."""
+    """Writes both to a directory, which is created atomically."""
     parent = os.path.dirname(directory)
     os.makedirs(parent, exist_ok=True)
     partial = tempfile.mkdtemp(dir=parent, prefix="partial-")
@@ -162,7 +160,7 @@ def _write(directory, tokenizer, corpus):
     try:
         os.rename(partial, directory)
     except OSError:
-        # Another worker was faster, with the same content.
+        # Another worker has written the same content.
         if not os.path.isdir(directory):
             raise
         shutil.rmtree(partial)

@@ -1,11 +1,10 @@
-"""What is translated: WMT's English to German, or English numbers to German.
+"""English to German sentence pairs: WMT 2014, or numbers in words.
 
-The miniature's sentences are lists of one to three numbers in words, made by
-num2words: "four hundred and twelve, seven" becomes "vierhundertzwölf, sieben".
-German writes a number as one word with the units before the tens, so a
-translation is composed of pieces, in another order. BLEU counts whole words and
-runs of up to four of them: lists have such runs, and a number with one wrong
-letter is a wrong word, as any translation with it is wrong.
+The sentences of the miniature are lists of one to three numbers in words, made
+by num2words: "four hundred and twelve, seven" becomes "vierhundertzwölf,
+sieben". German writes a number as one word, with the units before the tens, so
+the model must compose and reorder pieces. BLEU counts whole words and sequences
+of up to four words, so a number with one wrong letter is a wrong word.
 """
 
 import functools
@@ -15,11 +14,11 @@ import numpy as np
 from absl import logging
 from num2words import num2words
 
-from examples import prepared, streams
+from examples.common.data import prepared, streams
 from examples.transformer import batches, corpus, vocabulary
 
-# Every word of English and German numbers occurs below: these are always
-# trained on, and numbers that are tested on are composed of them.
+# Smaller numbers contain all the words of English and German numbers. They are
+# always trained on, and the test numbers are composed of them.
 FIRST_COMPOSED = 101
 LAST = 9999
 HELD_OUT = 900
@@ -31,12 +30,12 @@ WMT = "wmt14_translate/de-en"
 
 
 class Size(NamedTuple):
-    """What the data of the full size and of the miniature differ in.
+    """The size of the data.
 
     Attributes:
-        tokens: int, of a base batch, padding included.
-        longest: int, tokens of a sentence at most.
-        vocabulary: int, tokens of the vocabulary of both languages at most.
+        tokens: int, tokens of a base batch, including padding.
+        longest: int, maximum tokens of a sentence.
+        vocabulary: int, maximum tokens of the vocabulary of both languages.
     """
 
     tokens: int
@@ -45,20 +44,19 @@ class Size(NamedTuple):
 
 
 FULL = Size(tokens=2048, longest=256, vocabulary=37_000)
-# Few tokens, so that the gradient's noise is as large beside the gradient as it
-# is where a large batch is of use.
+# With few tokens, the gradient is noisy enough that a large batch helps.
 MINIATURE = Size(tokens=128, longest=32, vocabulary=200)
 
 
 class Source:
-    """Sentence pairs, ready to train and to test on.
+    """Sentence pairs and their preprocessing.
 
-    Nothing is read before it is needed: a strategy has to be made before
-    anything touches TensorFlow.
+    The constructor reads nothing, because a strategy must be created before
+    TensorFlow initializes its devices.
 
     Args:
         train: callable, () to `corpus.Pairs`.
-        test: callable, likewise.
+        test: callable, () to `corpus.Pairs`.
         size: `Size`.
         cache_dir: str, see `corpus.prepared`.
     """
@@ -104,10 +102,10 @@ class Source:
         )
 
     def test_dataset(self, batch_size):
-        """Returns all there is to translate, see `batches.test_dataset`.
+        """Returns all test sentences, see `batches.test_dataset`.
 
-        Of a sentence of over `longest` tokens the beginning is translated: to
-        leave it out would flatter the metric. They are counted and logged.
+        Sentences longer than `longest` tokens are truncated, counted and
+        logged. Dropping them would make the metric too good.
         """
         pairs = self._test()
         sources, references = map(list, zip(*pairs.read()))
@@ -115,7 +113,7 @@ class Source:
         longest = self.size.longest
         if cut := sum(len(ids) > longest for ids in encoded):
             logging.warning(
-                "%s: sentences cut to %d tokens: %d of %d",
+                "%s: sentences truncated to %d tokens: %d of %d",
                 pairs.name,
                 longest,
                 cut,
@@ -135,8 +133,8 @@ def wmt(*, data_dir=None, split="test", size=FULL, cache_dir=None):
     The test split is newstest2014, the validation split newstest2013.
 
     Args:
-        data_dir: str, where tensorflow-datasets has it prepared.
-        split: str, "test" or "validation", what is tested on.
+        data_dir: str, see `prepared.load`.
+        split: str, "test" or "validation", the data to test on.
         size: `Size`.
         cache_dir: str, see `corpus.prepared`.
     """
@@ -151,11 +149,10 @@ def wmt(*, data_dir=None, split="test", size=FULL, cache_dir=None):
 def numbers(*, split="test"):
     """Returns lists of numbers in words, English to German, as a `Source`.
 
-    No list of one split has a number of another's lists, but for those of one
-    or two words, which are only trained on.
+    No number is in more than one split. Numbers up to 100 are only trained on.
 
     Args:
-        split: str, "test" or "validation", what is tested on.
+        split: str, "test" or "validation", the data to test on.
     """
     training, tested = number_splits(split)
     return Source(
@@ -178,9 +175,9 @@ def _wmt(split, data_dir):
 
 
 def number_splits(split):
-    """Returns the numbers to train on and those to test on.
+    """Returns the numbers to train on and the numbers to test on.
 
-    Numbers of the test split and of the validation split are never trained on.
+    Numbers of the test and the validation split are never trained on.
 
     Args:
         split: str, "test" or "validation".
@@ -222,7 +219,7 @@ def _lists(name, part, *, size):
 
 
 def _english(number):
-    """Returns "two thousand three hundred": commas are between numbers only."""
+    """Returns an English number without commas, which separate numbers here."""
     return num2words(number, lang="en").replace(",", "")
 
 

@@ -1,4 +1,4 @@
-"""The Transformer: encoder and decoder, normalised after each residual sum.
+"""The Transformer: encoder and decoder, normalized after each residual sum.
 
 Reference: Vaswani et al., "Attention Is All You Need", 2017.
 """
@@ -15,10 +15,10 @@ from examples.transformer import vocabulary
 
 
 class Size(NamedTuple):
-    """What models of different size differ in, named as in the paper.
+    """The size of a model, with the symbols of the paper.
 
     Attributes:
-        layers: int, N, of the encoder and of the decoder.
+        layers: int, N, number of layers of the encoder and of the decoder.
         width: int, d_model.
         heads: int, h.
         inner_width: int, d_ff.
@@ -51,7 +51,7 @@ class Attention(layers.Layer):
         )
 
     def keys_values(self, memory):
-        """Returns what is attended to, as `call` wants it.
+        """Returns the keys and values to attend to.
 
         Args:
             memory: shape (batch, positions, width).
@@ -62,17 +62,17 @@ class Attention(layers.Layer):
         return self._split(self.key(memory)), self._split(self.value(memory))
 
     def call(self, x, keys, values, mask):
-        """Returns, for each position of x, what it attends to.
+        """Returns the attention of each position of x.
 
         Args:
             x: shape (batch, queries, width).
             keys: shape (batch, positions, heads, depth).
-            values: likewise.
-            mask: bool, broadcast to (batch, heads, queries, positions): which
-                positions a query may attend to.
+            values: shape (batch, positions, heads, depth).
+            mask: bool, broadcast to (batch, heads, queries, positions): the
+                positions that a query may attend to.
 
         Returns:
-            Tensor like x.
+            Tensor of the shape of x.
         """
         attended = keras.ops.dot_product_attention(
             self._split(self.query(x)), keys, values, mask=mask
@@ -98,12 +98,12 @@ class FeedForward(layers.Layer):
         self.outer = _dense(size.inner_width, size.width)
 
     def call(self, x):
-        """Returns a tensor like x, of shape (batch, positions, width)."""
+        """Returns a tensor of the shape of x, (batch, positions, width)."""
         return self.outer(self.inner(x))
 
 
 class Residual(layers.Layer):
-    """Adds what a sublayer returned, and normalises the sum, section 3.1.
+    """Adds the output of a sublayer and normalizes the sum, section 3.1.
 
     Args:
         size: `Size`.
@@ -135,14 +135,14 @@ class EncoderLayer(layers.Layer):
         self.residual_2 = Residual(size)
 
     def call(self, x, mask, training=None):
-        """Returns a tensor like x, of shape (batch, positions, width)."""
+        """Returns a tensor of the shape of x, (batch, positions, width)."""
         attended = self.attention(x, *self.attention.keys_values(x), mask)
         x = self.residual_1(x, attended, training=training)
         return self.residual_2(x, self.feed_forward(x), training=training)
 
 
 class DecoderLayer(layers.Layer):
-    """Self-attention to what came before, attention to the source, the rest.
+    """Causal self-attention, attention to the source, and feed-forward.
 
     Args:
         size: `Size`.
@@ -158,10 +158,10 @@ class DecoderLayer(layers.Layer):
         self.residual_3 = Residual(size)
 
     def call(self, x, past, mask, source, source_mask, training=None):
-        """Returns a tensor like x, and the past with x in it.
+        """Returns a tensor of the shape of x, and the past including x.
 
         Args:
-            x: shape (batch, positions, width), of the positions after the past.
+            x: shape (batch, positions, width), the positions after the past.
             past: keys and values of earlier positions, see `Attention`.
             mask: bool, broadcast to (batch, heads, positions, past and x).
             source: keys and values of the source.
@@ -178,12 +178,13 @@ class DecoderLayer(layers.Layer):
         return x, past
 
 
+# AdaScale: a keras.Model whose training step has micro-batches.
 class Transformer(tf_adascale.Model):
-    """A Transformer whose embedding serves source, target and softmax.
+    """A Transformer with one embedding for source, target and softmax.
 
-    Training reads all positions of the target at once. Translating reads one
-    after another: `encode`, then `decode` as often as needed, with the keys and
-    values of the past that it returned. Both are the same computation.
+    Training reads all positions of the target at once. Translation calls
+    `encode` once and then `decode` for one position at a time, with the keys
+    and values of the past that the last call returned. Both compute the same.
 
     Args:
         size: `Size`.
@@ -204,7 +205,7 @@ class Transformer(tf_adascale.Model):
         self.dropout = layers.Dropout(size.dropout)
         self.encoder = [EncoderLayer(size) for _ in range(size.layers)]
         self.decoder = [DecoderLayer(size) for _ in range(size.layers)]
-        # `tf.train.Checkpoint` does not look into the lists of Keras's layers.
+        # `tf.train.Checkpoint` does not track layers in lists.
         for number, (encoder, decoder) in enumerate(
             zip(self.encoder, self.decoder)
         ):
@@ -216,9 +217,9 @@ class Transformer(tf_adascale.Model):
         """Returns the logits of each next token of the target.
 
         Args:
-            inputs: dict of int32 of shape (batch, length), "source" and
+            inputs: dict of int32 tensors of shape (batch, length), "source" and
                 "target", see `batches.train_dataset`.
-            training: bool, whether there is dropout.
+            training: bool, whether to apply dropout.
 
         Returns:
             float32, shape (batch, length, vocabulary).
@@ -233,15 +234,15 @@ class Transformer(tf_adascale.Model):
         return logits
 
     def encode(self, source, training=None):
-        """Returns the source as the decoder's layers attend to it.
+        """Returns the encoded source for the decoder's attention.
 
         Args:
             source: int32, shape (batch, length).
             training: bool.
 
         Returns:
-            A tuple of the keys and values for each layer of the decoder, and
-            the mask of what is no padding.
+            Tuple of the keys and values for each layer of the decoder, and a
+            mask that is False in the padding.
         """
         mask = (source != vocabulary.PADDING)[:, tf.newaxis, tf.newaxis]
         x = self._embedded(source, 0, training=training)
@@ -252,7 +253,7 @@ class Transformer(tf_adascale.Model):
         ], mask
 
     def no_past(self, batch):
-        """Returns the past of the first position, for `decode`."""
+        """Returns the past of the first position: it is empty."""
         depth = self.size.width // self.size.heads
         nothing = tf.zeros(
             [batch, 0, self.size.heads, depth], self.compute_dtype
@@ -260,11 +261,11 @@ class Transformer(tf_adascale.Model):
         return [[nothing, nothing] for _ in self.decoder]
 
     def decode(self, target, past, source, training=None):
-        """Returns the logits of the next tokens, and the past for the next.
+        """Returns the logits of the next tokens, and the past including them.
 
         Args:
             target: int32, shape (batch, positions).
-            past: for each layer, keys and values of the positions before.
+            past: for each layer, keys and values of earlier positions.
             source: see `encode`.
             training: bool.
 
@@ -274,8 +275,8 @@ class Transformer(tf_adascale.Model):
         keys_values, source_mask = source
         first = tf.shape(past[0][0])[1]
         x = self._embedded(target, first, training=training)
-        places = tf.range(first + tf.shape(target)[1])
-        mask = places <= places[first:, tf.newaxis]  # Nothing that comes later.
+        positions = tf.range(first + tf.shape(target)[1])
+        mask = positions <= positions[first:, tf.newaxis]  # Causal.
         mask = mask[tf.newaxis, tf.newaxis]
         presents = []
         for layer, before, values in zip(self.decoder, past, keys_values):
@@ -288,7 +289,7 @@ class Transformer(tf_adascale.Model):
         return tf.cast(logits, tf.float32), presents
 
     def _embedded(self, ids, first, *, training):
-        """Returns embeddings and positions, that of the first column given."""
+        """Returns embeddings plus positions, where `first` is the first one."""
         x = self.embedding(ids) * self.size.width**0.5
         positions = tf.range(first, first + tf.shape(ids)[1])
         x += tf.cast(sinusoids(positions, self.size.width), x.dtype)
@@ -296,11 +297,11 @@ class Transformer(tf_adascale.Model):
 
 
 def sinusoids(positions, width):
-    """Returns what stands for positions, section 3.5.
+    """Returns the encoding of positions, section 3.5.
 
         PE(p, 2i) = sin(p / 10000^(2i / width)),  PE(p, 2i + 1) = cos(same)
 
-    but with all sines before all cosines, which only renames the columns.
+    All sines come before all cosines, which only permutes the columns.
 
     Args:
         positions: int, shape (positions,).
@@ -320,7 +321,7 @@ def sinusoids(positions, width):
 
 
 class SmoothedCrossEntropy(keras.losses.Loss):
-    """Cross entropy with smoothed labels: the mean over what is no padding.
+    """Cross entropy with smoothed labels, averaged without the padding.
 
         q(token) = (1 - smoothing) [token = label] + smoothing / vocabulary
 
@@ -353,7 +354,7 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
 
 def _dense(inputs, outputs, **kwargs):
-    """Returns a built dense layer; its kernel is drawn as Glorot says."""
+    """Returns a built dense layer with Glorot initialization."""
     layer = layers.Dense(outputs, **kwargs)
     layer.build((None, None, inputs))
     return layer

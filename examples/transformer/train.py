@@ -1,24 +1,29 @@
-"""Trains a Transformer on WMT14 English to German, or on numbers in words.
+r"""Trains a Transformer on WMT14 English to German, or on numbers in words.
 
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: transformer, appendix B.4.4
+
+Miniature, no download:
+
 Command:  python -m examples.transformer.train --algorithm=adascale --scale=16
 Hardware: 2 CPU cores
 Time:     3 minutes; 54 seconds with --algorithm=identity --scale=1
 Metric:   BLEU on the test split: 97 to 98 for both
 
-By AdamW, of the miniature only:
+Miniature with AdamW:
 
 Command:  python -m examples.transformer.train --optimizer=adamw \
               --algorithm=adamscale --scale=32
+Hardware: 2 CPU cores
 Time:     1.5 minutes; 52 seconds with --algorithm=identity --scale=1
 Metric:   BLEU on the test split: see examples/README.md
 
-Full size:
+Full size, the paper's model and data:
 
-Command:  python -m examples.prepared wmt14_translate/de-en --data_dir=DIRECTORY
-          python -m examples.transformer.train --data=tfds \
-              --data_dir=DIRECTORY --strategy=mirrored --scale=16
+Command:  python -m examples.common.data.prepared wmt14_translate/de-en \
+              --data_dir=DIR
+          python -m examples.transformer.train --data=tfds --data_dir=DIR \
+              --strategy=mirrored --scale=16
 Hardware: GPUs
 Metric:   BLEU on newstest2014, by sacrebleu: cased, tokenizer 13a
 """
@@ -33,16 +38,16 @@ import tensorflow as tf
 from absl import app
 from absl import flags as absl_flags
 
-from examples import data_flags, flags, training
+from examples.common import data_flags, flags, training
 from examples.transformer import beam_search, model, vocabulary
 from examples.transformer import data as sources
 
 CACHE_DIR = "out/transformer/cache"
 
-# Where the learning rate of SGD falls, as a fraction of the steps, and how far.
+# Fraction of the steps after which the learning rate of SGD falls, and factor.
 MILESTONE = 1_440_000 / 1_550_000
 DECAY = 0.1
-# How long that of AdamW rises, as a fraction of the steps.
+# Fraction of the steps in which the learning rate of AdamW rises.
 WARMUP = 0.1
 LABEL_SMOOTHING = 0.1
 
@@ -56,7 +61,7 @@ def step_decay(learning_rate, total_steps):
 
 
 def warmed_up_cosine(learning_rate, total_steps):
-    """Returns a linear warm-up to the rate, and a cosine decay from it to 0."""
+    """Returns a linear warm-up to the rate, then a cosine decay to 0."""
     warmup_steps = round(WARMUP * total_steps)
     return keras.optimizers.schedules.CosineDecay(
         0.0,
@@ -67,21 +72,21 @@ def warmed_up_cosine(learning_rate, total_steps):
 
 
 def adamw(schedule):
-    """Returns AdamW, whose weight decay is on kernels and embeddings."""
-    # beta_2 of Vaswani et al., 2017: it remembers 50 steps, where Keras's 0.999
-    # would remember more than the miniature takes at S = 32.
+    """Returns AdamW with weight decay of kernels and embeddings."""
+    # beta_2 is that of Vaswani et al., 2017, which averages 50 steps. Keras's
+    # 0.999 averages more steps than the miniature takes at S = 32.
     optimizer = keras.optimizers.AdamW(schedule, beta_2=0.98, weight_decay=0.01)
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
 
 
 class Recipe(NamedTuple):
-    """How a model of one size is trained by one optimizer.
+    """The hyper-parameters of one size with one optimizer.
 
     Attributes:
         total_steps: int, T_1.
-        learning_rate: float, at the base batch: that of SGD's first step, or
-            the highest of AdamW.
+        learning_rate: float, at the base batch: that of the first step of SGD,
+            or the highest one of AdamW.
         schedule: callable, (learning_rate, total_steps) to a
             `LearningRateSchedule`.
         optimizer: callable, schedule to a new Keras optimizer.
@@ -100,8 +105,8 @@ RECIPES = {
         step_decay,
         functools.partial(keras.optimizers.SGD, momentum=0.99),
     ),
-    # The paper's momentum remembers 100 steps. At S = 16 the miniature takes
-    # few times as many altogether: it would end before it forgets how it began.
+    # The paper's momentum of 0.99 averages 100 steps. That is too long for the
+    # few hundred steps of the miniature at S = 16.
     ("embedded", "sgd"): Recipe(
         6000,
         0.01,
@@ -116,12 +121,13 @@ _OPTIMIZER = absl_flags.DEFINE_enum(
     "optimizer",
     OPTIMIZERS[0],
     OPTIMIZERS,
-    "The paper's SGD with momentum, or AdamW, of the miniature only.",
+    "sgd: the paper's SGD with momentum. adamw: AdamW, for the miniature only.",
 )
 _CACHE_DIR = absl_flags.DEFINE_string(
     "cache_dir",
     CACHE_DIR,
-    "Where the vocabulary and the encoded sentences of --data=tfds are kept.",
+    "Directory in which --data=tfds caches the vocabulary and the encoded "
+    "sentences.",
 )
 
 
@@ -137,29 +143,28 @@ def task(
 ):
     """Returns the benchmark as a `training.Task`.
 
-    "Examples" are tokens here: the batch sizes count them, padding included.
+    Batch sizes count tokens, including padding, instead of examples.
 
     Args:
         data: str, "embedded" for the miniature or "tfds" for the full size.
-        data_dir: str, where tensorflow-datasets has WMT prepared.
-        split: str, "test" or "validation", what is tested on.
-        optimizer: str, one of `OPTIMIZERS`; "adamw" of the miniature only.
-        learning_rate: float; by default the recipe's.
-        cache_dir: str, where the vocabulary and the sentences of "tfds" are
-            kept once they are encoded.
+        data_dir: str, directory in which WMT was prepared.
+        split: str, "test" or "validation", the data to test on.
+        optimizer: str, one of `OPTIMIZERS`. "adamw" is for the miniature only.
+        learning_rate: float. Default: that of the recipe.
+        cache_dir: str, directory in which "tfds" caches the vocabulary and the
+            encoded sentences.
         size: `data.Size` of "tfds", for data smaller than WMT.
 
     Raises:
-        ValueError: if data, split or optimizer are none of these, or there is
-            no recipe for the two.
+        ValueError: if `data` or `split` is unknown, or there is no recipe for
+            the optimizer.
     """
     name = data_flags.task_name("transformer", data=data, split=split)
     recipe = RECIPES.get((data, optimizer))
     if recipe is None:
         raise ValueError(
-            "There is no recipe to train by. Expected data and optimizer to be "
-            f"one of {tuple(RECIPES)}. Received: data={data!r}, "
-            f"optimizer={optimizer!r}"
+            f"`data` and `optimizer` must be one of {tuple(RECIPES)}. "
+            f"Received: data={data!r}, optimizer={optimizer!r}"
         )
     if optimizer != OPTIMIZERS[0]:
         name = f"{name}-{optimizer}"
@@ -219,7 +224,7 @@ def evaluate(transformer, dataset, *, tokenizer):
 
 
 def main(_):
-    """Trains as the flags say."""
+    """Trains with the settings of the flags."""
     training.run(
         task(
             **data_flags.values(),

@@ -1,13 +1,13 @@
 """Subword vocabularies: byte pair encoding by the `tokenizers` library.
 
-One vocabulary serves both languages, so that they can share an embedding. It is
-made of the bytes of the training text and of the pairs that are merged: no
-character is too rare for it, and decoding gives the text back, spaces and all.
+Both languages use one vocabulary, so that they can share an embedding. Its
+tokens are bytes of the training text and merged pairs of tokens. It can encode
+rare characters, and decoding returns the exact text, including spaces.
 """
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# Token ids that every vocabulary begins with.
+# The first token ids of every vocabulary.
 PADDING, UNKNOWN, START, END = range(4)
 _SPECIAL = ["[PADDING]", "[UNKNOWN]", "[START]", "[END]"]
 
@@ -17,7 +17,7 @@ def trained(texts, *, size):
 
     Args:
         texts: iterable of str.
-        size: int, number of tokens at most, those that are no text included.
+        size: int, maximum number of tokens, including the special ones.
 
     Returns:
         `tokenizers.Tokenizer`.
@@ -33,7 +33,7 @@ def trained(texts, *, size):
     ['two three']
     """
     tokenizer = Tokenizer(models.BPE(unk_token=_SPECIAL[UNKNOWN]))
-    # With a space before the first word, a word is the same wherever it stands.
+    # With a space before the first word, its tokens are those of other words.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
@@ -46,7 +46,7 @@ def trained(texts, *, size):
 
 
 def encoded(tokenizer, texts):
-    """Returns the token ids of each text, `END` the last of them."""
+    """Returns the token ids of each text, followed by `END`."""
     return [
         [*encoding.ids, END] for encoding in tokenizer.encode_batch_fast(texts)
     ]

@@ -1,7 +1,7 @@
-"""Views of images and of the objects in them, and mixtures of two images.
+"""Random views of images and their objects, and mixtures of two images.
 
-All randomness comes as numbers in [0, 1), so that an example is the same
-whoever computes it.
+The random numbers are arguments, so that an example is the same on every
+worker.
 """
 
 import math
@@ -11,23 +11,23 @@ import tensorflow as tf
 
 from examples.yolo import boxes
 
-# How many random numbers `windows`, `jittered` and `mixed` take per image.
+# Random numbers per image of `windows`, `jittered` and `mixed`.
 WINDOW_DRAWS, JITTER_DRAWS, MIX_DRAWS = 5, 2, 3
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-OUTSIDE = 0.5  # Grey, where a view reaches beyond its image.
+OUTSIDE = 0.5  # Grey: the color of a view outside its image.
 CONTRAST, BRIGHTNESS = 0.3, 0.1  # Largest relative and absolute change.
 
 
 class Variety(NamedTuple):
-    """How much views of an image vary.
+    """How much the views of an image vary.
 
     Attributes:
-        zoom: float >= 1. A view shows from 1 / zoom to zoom times the sides of
-            the image; where that is more than the image, the rest is grey.
-        stretch: float >= 1, highest ratio of the views' two zooms.
-        mirrored: bool, whether to mirror every second view.
-        mixed: float in [0, 1], share of the examples that are two images mixed.
+        zoom: float >= 1. The sides of a view are 1 / zoom to zoom times those
+            of the image. The part outside the image is grey.
+        stretch: float >= 1, largest ratio of the vertical and horizontal zoom.
+        mirrored: bool, whether to mirror half of the views.
+        mixed: float in [0, 1], fraction of the examples that mix two images.
     """
 
     zoom: float
@@ -37,15 +37,15 @@ class Variety(NamedTuple):
 
 
 def windows(draws, variety):
-    """Returns the parts of images to show.
+    """Returns random windows of images.
 
     Args:
         draws: float32, shape (batch, WINDOW_DRAWS), uniform in [0, 1).
         variety: `Variety`.
 
     Returns:
-        float32, shape (batch, 4): boxes, that begin before or end after the
-        image where a view is larger than it. A mirrored view has xmax < xmin.
+        float32, shape (batch, 4): boxes. A view that is larger than the image
+        extends beyond it. A mirrored view has xmax < xmin.
 
     Example:
 
@@ -58,7 +58,7 @@ def windows(draws, variety):
     log_stretch = (2 * stretch - 1) * math.log(variety.stretch) / 2
     height = tf.exp(log_zoom + log_stretch)
     width = tf.exp(log_zoom - log_stretch)
-    # In either case the smaller of image and view is within the larger.
+    # The smaller one of image and view lies within the larger one.
     ymin, xmin = top * (1 - height), left * (1 - width)
     ymax, xmax = ymin + height, xmin + width
     if variety.mirrored:
@@ -71,9 +71,9 @@ def windows(draws, variety):
 
 
 def views(images, objects, windows, *, size):
-    """Returns parts of images, resized, and the objects in them.
+    """Returns windows of images, resized, and the objects in them.
 
-    Boxes are clipped to the view; objects whose center is not in the view
+    Boxes are clipped to the window. Objects whose center is outside the window
     become padding.
 
     Args:
@@ -86,9 +86,8 @@ def views(images, objects, windows, *, size):
         float32 of shape (batch, size, size, 3), in [0, 1], and the objects.
     """
     start, extent = windows[:, :2], windows[:, 2:] - windows[:, :2]
-    # What crop_and_resize wants: the centers of the first and the last pixel,
-    # in units in which the image's own first and last have their centers at 0
-    # and 1.
+    # The boxes of crop_and_resize are the centers of the first and the last
+    # pixel, in units in which those of the image are 0 and 1.
     sides = tf.cast(tf.shape(images)[1:3], tf.float32)
     ends = [
         ((start + extent * part) * sides - 0.5) / tf.maximum(sides - 1, 1)
@@ -115,7 +114,7 @@ def views(images, objects, windows, *, size):
 
 
 def jittered(images, draws):
-    """Returns images with another contrast and brightness.
+    """Returns images with random contrast and brightness.
 
     Args:
         images: float32, shape (batch, size, size, 3), in [0, 1].
@@ -132,29 +131,30 @@ def jittered(images, draws):
 
 
 def mixed(images, objects, others, other_objects, draws, *, share):
-    """Returns mixtures of images with the objects of both.
+    """Returns mixtures of two images, with the objects of both.
 
-    image = weight * first + (1 - weight) * second, with a weight from the
-    Beta(3/2, 3/2) distribution, which every object takes over from its image.
-    Nothing is moved, so the boxes stay right.
+        image = weight * first + (1 - weight) * second
+
+    The weight is drawn from the Beta(3/2, 3/2) distribution. It is also the
+    weight of the image's objects. The boxes stay valid, because nothing moves.
 
     Args:
         images: float32, shape (batch, size, size, 3).
         objects: float32, shape (batch, objects, boxes.FIELDS), of weight 1.
-        others: second images, as `images`.
-        other_objects: their objects, as `objects`.
+        others: second images, like `images`.
+        other_objects: their objects, like `objects`.
         draws: float32, shape (batch, MIX_DRAWS), uniform in [0, 1).
-        share: float in [0, 1], part of the images to mix; the others stay.
+        share: float in [0, 1], fraction of the images to mix.
 
     Returns:
-        The images, and the objects of both, twice as many rows.
+        The images, and the objects of both, with twice as many rows.
 
     Reference: Zhang et al., "Bag of Freebies for Training Object Detection
         Neural Networks", 2019, section 3.1.
     """
     choice, radius, angle = tf.unstack(draws, axis=-1)
-    # Beta(3/2, 3/2) is a semicircle: its density is sqrt(x (1 - x)) times a
-    # constant. So is that of a coordinate of a point anywhere on a disc.
+    # The density of Beta(3/2, 3/2) is a semicircle: a constant times
+    # sqrt(x (1 - x)). A coordinate of a uniform point on a disc has the same.
     drawn = 0.5 + 0.5 * tf.sqrt(radius) * tf.cos(2 * math.pi * angle)
     weight = tf.where(choice < share, drawn, 1.0)
     of_image = weight[:, tf.newaxis, tf.newaxis, tf.newaxis]

@@ -1,13 +1,13 @@
-"""Objects, the boxes around them, and how predictions stand for boxes.
+"""Objects, their boxes, and how predictions encode boxes.
 
 A box is (ymin, xmin, ymax, xmax), each a fraction of the image's height or
-width. The objects of an image are the rows of one float32 tensor, padded to the
-same number in every image, so that a batch of them is one tensor too:
+width. The objects of an image are the rows of a float32 tensor. Every image has
+the same number of rows, so that a batch is a tensor too:
 
     0:4  BOX
     4    LABEL      number of the class
-    5    WEIGHT     share of the image that the object is in, 1 unless images
-                    are mixed; 0 marks padding
+    5    WEIGHT     weight of the object's image in a mixture; 1 if images are
+                    not mixed, 0 for padding
     6    DIFFICULT  1 if a detector need not find it, else 0
 """
 
@@ -19,18 +19,17 @@ import tensorflow as tf
 BOX, LABEL, WEIGHT, DIFFICULT = slice(4), 4, 5, 6
 FIELDS = 7
 
-# Beyond this, a side is e^10 times its anchor and of no use, and the
-# exponential would soon overflow.
+# Limits a side to e^10 times its anchor, so that the exponential is finite.
 LARGEST_LOG_SIDE = 10.0
 
 
 class Head(NamedTuple):
-    """One of the grids that predictions are made on.
+    """A grid of predictions.
 
     Attributes:
-        stride: int, pixels between the centers of two neighbouring cells.
-        anchors: tuple of (width, height) in pixels, the boxes that a cell's
-            predictions start from.
+        stride: int, pixels between the centers of two neighboring cells.
+        anchors: tuple of (width, height) in pixels, the initial boxes of a
+            cell's predictions.
     """
 
     stride: int
@@ -38,10 +37,10 @@ class Head(NamedTuple):
 
 
 class Priors(NamedTuple):
-    """What each prediction of a model starts from, head after head.
+    """The initial box of each prediction, one head after another.
 
     Attributes:
-        corners: float32, shape (predictions, 2), upper left corner of the cell
+        corners: float32, shape (predictions, 2), upper left corner of the cell,
             in units of cells: (row, column).
         grid: float32, shape (predictions, 1), cells on a side of the image.
         anchors: float32, shape (predictions, 2), (height, width) as fractions
@@ -54,7 +53,7 @@ class Priors(NamedTuple):
 
 
 def priors(heads, *, image_size):
-    """Returns the `Priors` of heads: by row, column, then anchor.
+    """Returns the `Priors` of heads, ordered by row, column and anchor.
 
     Args:
         heads: tuple of `Head`.
@@ -81,13 +80,13 @@ def priors(heads, *, image_size):
 
 
 def decoded(predictions, priors):
-    """Returns the boxes that raw predictions stand for.
+    """Returns the boxes of raw predictions.
 
         center = (corner + sigmoid(t[:2])) / grid
         size = anchor * exp(t[2:])
 
     Args:
-        predictions: float32, shape (batch, predictions, 4 or more): t first.
+        predictions: float32, shape (batch, predictions, >= 4), starting with t.
         priors: `Priors`.
 
     Returns:
@@ -108,14 +107,14 @@ def decoded(predictions, priors):
 
 
 def overlaps(first, second):
-    """Returns the intersections of boxes over their unions.
+    """Returns the intersection over union of boxes.
 
     Args:
         first: float32, shape (..., 4).
         second: float32, shape (..., 4), broadcast against `first`.
 
     Returns:
-        float32, shape (...,); 0 where neither box has an area.
+        float32, shape (...,), 0 if both areas are 0.
 
     Example:
 
@@ -130,16 +129,17 @@ def overlaps(first, second):
 
 
 def area(box):
-    """Returns the areas of boxes, 0 of those that end before they begin."""
+    """Returns the areas of boxes, 0 if an end is before the beginning."""
     return tf.reduce_prod(tf.maximum(box[..., 2:] - box[..., :2], 0), -1)
 
 
 def owners(objects, priors):
-    """Returns which object each prediction is to find.
+    """Returns the object that each prediction should find.
 
-    An object is to be found by one prediction: of the cells that its center is
-    in, one per head, and their anchors, that with the most similar shape. Of
-    several objects for one prediction, the last has it.
+    One prediction owns an object. The candidates are the anchors of the cells
+    that contain its center, one cell per head. The anchor with the most similar
+    shape is the owner. A prediction that would own several objects owns the
+    last one.
 
     Args:
         objects: float32, shape (batch, objects, FIELDS).
@@ -159,7 +159,7 @@ def owners(objects, priors):
         tf.concat([-size / 2, size / 2], -1),
         tf.concat([-anchors / 2, anchors / 2], -1),
     )
-    # A cell that the center is in comes first even if no shape is similar.
+    # Cells that do not contain the center are never the owner.
     similarity = tf.where(is_inside, shape, -1.0)
     best = tf.argmax(similarity, 1, output_type=tf.int32)[:, tf.newaxis]
     numbers = tf.range(tf.shape(similarity)[1])[:, tf.newaxis]
@@ -169,24 +169,24 @@ def owners(objects, priors):
 
 
 def detections(predictions, priors, *, threshold, overlap, count):
-    """Returns the objects that predictions tell of.
+    """Returns the detected objects of raw predictions.
 
-    A prediction's score for a class is the probability that there is an object
-    times that of the class. Of boxes of one class that overlap, the one with
-    the best score is kept.
+    The score of a class is the probability of an object times that of the
+    class. Non-maximum suppression keeps the best of overlapping boxes of one
+    class.
 
     Args:
-        predictions: float32, shape (batch, predictions, 5 + classes): t,
-            logit of there being an object, logits of the classes.
+        predictions: float32, shape (batch, predictions, 5 + classes): t, the
+            logit of an object, the logits of the classes.
         priors: `Priors`.
         threshold: float, lowest score.
-        overlap: float, highest intersection over union of two boxes kept.
-        count: int, highest number of detections of an image.
+        overlap: float, largest intersection over union of two boxes to keep.
+        count: int, maximum detections per image.
 
     Returns:
         `(boxes, scores, labels, counts)`: float32 of shape (batch, count, 4),
-        float32 and int32 of shape (batch, count), the best first, and the
-        number of an image's detections, int32 of shape (batch,).
+        float32 and int32 of shape (batch, count), sorted by score, and the
+        number of detections, int32 of shape (batch,).
     """
     probabilities = tf.sigmoid(predictions[..., 4:])
     found = tf.image.combined_non_max_suppression(

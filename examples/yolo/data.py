@@ -1,6 +1,6 @@
 """Pascal VOC, or scikit-learn's digits pasted on photos in its place.
 
-Both are shown in random views and mixed, by the same code.
+The same code makes random views of both and mixes them.
 """
 
 import functools
@@ -11,38 +11,38 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from examples import drops, photos, prepared, streams
-from examples.digits import data as digits_data
+from examples.common.data import digits as digits_data
+from examples.common.data import drops, photos, prepared, streams
 from examples.yolo import augmentation, boxes
 
 VIEW_DRAWS = augmentation.WINDOW_DRAWS + augmentation.JITTER_DRAWS
-# A second stream brings the images to mix with. Its seed is another one.
+# The images to mix with come from a second stream, with seed + SECOND_SEED.
 SECOND_SEED = 2**32
 
 VOC_OBJECTS = 100
 DIGITS_OBJECTS = 3
 TRAIN_IMAGES, TEST_IMAGES = 4096, 1000
 IMAGE_SIZE = 64
-# Sides of a digit's square in pixels. The digit is as high, and less wide.
+# Sides of a digit's square in pixels. A digit is as high and less wide.
 SIDES = (16, 20, 24, 28, 32)
-# Digits are light on a darkened photo, so that each can be read.
+# Light digits on a darkened photo are legible.
 TINTS, DARKNESS = (160, 256), 2
-# Places tried for a digit.
+# Number of attempts to place a digit.
 TRIES = 20
-# A digit's box holds its pixels of at least this part of full ink.
+# A digit's box contains its pixels of at least this fraction of full ink.
 INK = 0.25
 
 
 class Source(NamedTuple):
-    """Images with objects, made ready.
+    """Images with objects, and their preprocessing.
 
     Attributes:
         views: callable, (batch_size, *, seed, start, share, draws, variety) to
-            an endless `tf.data.Dataset` of (images, objects, draws), shuffled,
-            in views that vary: float32 of shapes (batch, size, size, 3) and
-            (batch, objects, boxes.FIELDS), and the draws that are left.
-        test_dataset: callable, batch_size to the finite `tf.data.Dataset` of
-            (images, objects) of testing, in order.
+            an endless shuffled `tf.data.Dataset` of (images, objects, draws):
+            random views, float32 of shapes (batch, size, size, 3) and (batch,
+            objects, boxes.FIELDS), and the unused draws.
+        test_dataset: callable, batch_size to a finite `tf.data.Dataset` of test
+            (images, objects), in order.
         variety: `augmentation.Variety`.
     """
 
@@ -53,13 +53,13 @@ class Source(NamedTuple):
     def train_dataset(
         self, batch_size, *, seed, start=0, share=streams.Share()
     ):
-        """Returns endless batches, shuffled, augmented and mixed.
+        """Returns endless shuffled, augmented and mixed batches.
 
         Args:
             batch_size: int >= 1, examples per batch of all workers.
-            seed: int, of order and augmentation.
-            start: int >= 0, number of examples to leave out.
-            share: `streams.Share`, the part of every batch to read.
+            seed: int, of the order and the augmentation.
+            start: int >= 0, number of examples to skip.
+            share: `streams.Share`, the part of each batch to read.
 
         Returns:
             `tf.data.Dataset` of (images, objects): float32 of shapes (batch,
@@ -91,7 +91,7 @@ class Source(NamedTuple):
 
 
 def varied(images, objects, draws, *, variety, size):
-    """Returns views of a batch of images, and the draws that are left.
+    """Returns random views of a batch of images, and the unused draws.
 
     Args:
         images: uint8, shape (batch, height, width, 3).
@@ -111,10 +111,10 @@ def varied(images, objects, draws, *, variety, size):
 
 
 def padded(box, label, difficult, *, count):
-    """Returns the objects of an image, without what cannot be used.
+    """Returns the objects of an image, padded, without unusable ones.
 
-    Boxes are clipped to the image. Those that have no area then are dropped, as
-    are those beyond the first `count`.
+    Boxes are clipped to the image. Boxes without area are dropped, and so are
+    boxes beyond the first `count`.
 
     Args:
         box: float32, shape (objects, 4).
@@ -123,8 +123,8 @@ def padded(box, label, difficult, *, count):
         count: int, number of rows to return.
 
     Returns:
-        float32 of shape (count, boxes.FIELDS), and how many were dropped, an
-        int64 scalar.
+        float32 of shape (count, boxes.FIELDS), and the number of dropped boxes,
+        an int64 scalar.
 
     Example:
 
@@ -143,7 +143,7 @@ def padded(box, label, difficult, *, count):
         tf.cast(difficult, tf.float32),
     ]
     objects = tf.concat([box, tf.stack(others, -1)], -1)
-    # Also false where a coordinate is not a number.
+    # False if a coordinate is NaN.
     has_area = tf.reduce_all(box[:, 2:] > box[:, :2], -1)
     objects = tf.boolean_mask(objects, has_area)[:count]
     kept = tf.shape(objects)[0]
@@ -155,15 +155,14 @@ def padded(box, label, difficult, *, count):
 def voc(*, image_size, data_dir=None, split="test"):
     """Returns Pascal VOC as a `Source`: photos with objects of 20 classes.
 
-    Trains on 2007 and 2012, difficult objects included, as Zhang et al. 2019
-    do, and tests on 2007.
+    Trains on 2007 and 2012, including difficult objects, like Zhang et al.
+    2019, and tests on 2007.
 
     Args:
-        image_size: int, pixels of a side that photos are resized to.
-        data_dir: str, where tensorflow-datasets has voc/2007 and voc/2012
-            prepared; by default where it prepares what it is not told where to.
-        split: str, "test" or "validation". The latter trains on "train" of both
-            years and tests on "validation" of 2007.
+        image_size: int, pixels of a side of the resized photos.
+        data_dir: str, see `prepared.load`.
+        split: str, "test" or "validation". "validation" trains on "train" of
+            both years and tests on "validation" of 2007.
     """
     train, test = {
         "test": ("train+validation", "test"),
@@ -176,12 +175,12 @@ def voc(*, image_size, data_dir=None, split="test"):
             f"voc/{year}",
             part,
             data_dir=data_dir,
-            # Compressed photos can be shuffled and skipped cheaply.
+            # Compressed photos are cheap to shuffle and skip.
             decoders={"image": tfds.decode.SkipDecoding()},
         )
 
     def read(dataset):
-        """Maps (record, ...) to (image, objects, ...)."""
+        """Maps (record, *others) to (image, objects, *others)."""
 
         def example(record, *others):
             image = tf.io.decode_image(
@@ -252,8 +251,8 @@ def digits(*, split="test"):
     """Returns photos with one to three pasted digits as a `Source`.
 
     Args:
-        split: str, "test" or "validation". The latter pastes training digits on
-            two parts of the training photo.
+        split: str, "test" or "validation". "validation" pastes training digits
+            on two parts of the training photo.
     """
 
     @functools.cache
@@ -269,7 +268,7 @@ def digits(*, split="test"):
                 )
             )
         )
-        # Arrays would become constants of every graph that reads them.
+        # Arrays would become constants of each graph that reads them.
         with tf.device("CPU"):
             return tuple(
                 tuple(tf.constant(array) for array in arrays) for arrays in made
@@ -306,19 +305,19 @@ def digits(*, split="test"):
     return Source(
         views,
         test_dataset,
-        # A mirrored digit is none.
+        # A mirrored digit is not a digit.
         augmentation.Variety(zoom=1.1, stretch=1.1, mirrored=False, mixed=0.25),
     )
 
 
 def pasted(split, photo, *, count, seed):
-    """Returns parts of a photo with tinted digits, one to three on each.
+    """Returns crops of a photo with one to three tinted digits each.
 
     Args:
-        split: `digits_data.Split` to take the digits from.
+        split: `digits_data.Split`, the digits to paste.
         photo: uint8, shape (height, width, 3).
         count: int, number of images.
-        seed: int, of everything drawn.
+        seed: int, of all random numbers.
 
     Returns:
         uint8 of shape (count, IMAGE_SIZE, IMAGE_SIZE, 3), and objects, float32
@@ -340,14 +339,14 @@ def pasted(split, photo, *, count, seed):
             tint = generator.integers(*TINTS, size=3)
             for _ in range(TRIES):
                 top, left = generator.integers(IMAGE_SIZE - side + 1, size=2)
-                place = np.s_[top : top + side, left : left + side]
-                if is_free[place].all():
+                window = np.s_[top : top + side, left : left + side]
+                if is_free[window].all():
                     break
             else:
-                continue  # There is hardly room for it.
+                continue  # There is no room for this digit.
             ink = inks[side][number]
-            image[place] = (1 - ink) * image[place] + ink * tint
-            is_free[place] = False
+            image[window] = (1 - ink) * image[window] + ink * tint
+            is_free[window] = False
             marked = np.argwhere(ink[..., 0] >= INK)
             first, last = marked.min(0), marked.max(0)
             row[boxes.BOX] = np.stack([first, last + 1]).reshape(4)

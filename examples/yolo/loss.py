@@ -5,33 +5,34 @@ import tensorflow as tf
 
 from examples.yolo import boxes
 
-# A prediction that overlaps some object this well is not told that there is
-# none, even if another one is to find it (Redmon & Farhadi 2018, section 2.1).
+# A prediction that overlaps an object by more than this is not penalized, even
+# if it is not the owner (Redmon & Farhadi 2018, section 2.1).
 IGNORED_OVERLAP = 0.5
 # Lin et al., "Focal Loss for Dense Object Detection", 2017.
 FOCUS = 2.0
-# Zhang et al. 2019, section 3.2. The value is that of their code in GluonCV.
+# Zhang et al. 2019, section 3.2. The value is from their code in GluonCV.
 LABEL_SMOOTHING = 1 / 40
 
 
 @keras.saving.register_keras_serializable("yolo")
 class Loss(keras.losses.Loss):
-    """What predictions miss of an image's objects, summed over predictions.
+    """The loss of YOLOv3, summed over the predictions of an image.
 
-    For the one prediction that is to find an object, see `boxes.owners`: cross
-    entropy of the center within its cell, absolute error of the logarithms of
-    the sides, both weighted by 2 - area so that small boxes count more; and
-    cross entropy of each class. For all predictions: focal cross entropy of
-    there being an object. What belongs to an object counts by its weight, so
-    those of a mixed image count by their share in it.
+    The owner of an object (see `boxes.owners`) has the cross entropy of the
+    center within its cell, the absolute error of the logarithms of the sides,
+    and the cross entropy of each class. The first two are multiplied by
+    2 - area, so that small boxes count more. Every prediction has the focal
+    cross entropy of an object's presence. The terms of an object are multiplied
+    by its weight, which is less than 1 in a mixture of images.
+
+    The arguments of a call are the objects, float32 of shape (batch, objects,
+    boxes.FIELDS), and raw predictions, float32 of shape (batch, predictions,
+    5 + classes).
 
     Args:
         heads: tuple of `boxes.Head`.
         image_size: int, pixels of a side of the images.
-        **kwargs: as for `keras.losses.Loss`.
-
-    Called with the objects, float32 of shape (batch, objects, boxes.FIELDS),
-    and raw predictions, float32 of shape (batch, predictions, 5 + classes).
+        **kwargs: see `keras.losses.Loss`.
 
     Reference: Redmon & Farhadi, "YOLOv3: An Incremental Improvement", 2018;
         Zhang et al., "Bag of Freebies for Training Object Detection Neural
@@ -40,7 +41,7 @@ class Loss(keras.losses.Loss):
 
     def __init__(self, heads, *, image_size, **kwargs):
         super().__init__(**kwargs)
-        # A saved model's heads are lists.
+        # The heads of a saved model are lists.
         heads = [boxes.Head(*head) for head in heads]
         self._config = {
             "heads": [list(head) for head in heads],
@@ -72,10 +73,10 @@ class Loss(keras.losses.Loss):
         )
 
     def _box_losses(self, box, is_owned, predictions):
-        """Returns how far t is from that of the boxes; shape as `is_owned`."""
+        """Returns the loss of centers and sides, of the shape of `is_owned`."""
         corners, grid, anchors = self._priors
         center = (box[..., :2] + box[..., 2:]) / 2
-        # Where there is no object, any finite value will do.
+        # Without an object, any finite value works.
         size = tf.where(
             is_owned[..., tf.newaxis], box[..., 2:] - box[..., :2], anchors
         )
@@ -88,11 +89,11 @@ class Loss(keras.losses.Loss):
         return weight * tf.reduce_sum(center_losses + size_losses, -1)
 
     def _is_background(self, objects, predictions):
-        """Returns 0 where a prediction overlaps an object well, and else 1."""
+        """Returns 0 if a prediction overlaps an object well, else 1."""
         decoded = tf.stop_gradient(boxes.decoded(predictions, self._priors))
         overlaps = boxes.overlaps(
             decoded[:, :, tf.newaxis],
-            # Padding has no area and overlaps nothing.
+            # Padding has no area, so its overlap is 0.
             objects[:, tf.newaxis, :, boxes.BOX],
         )
         is_background = tf.reduce_max(overlaps, -1) <= IGNORED_OVERLAP

@@ -1,9 +1,9 @@
-"""Mean average precision by the definition of Pascal VOC 2007.
+"""Mean average precision as defined by Pascal VOC 2007.
 
-pycocotools' COCOeval, restricted to one overlap and 11 recalls, comes near but
-is another metric: there, a detection whose best object was found before may
-find the second best, and only one detection of a difficult object is pardoned.
-Boxes are fractions of the image; VOC's own program adds a pixel to their sides.
+COCOeval of pycocotools, restricted to one overlap and 11 recalls, is a similar
+but different metric. There, a detection whose best object is already found can
+match the second best, and only one detection of a difficult object is ignored.
+Boxes here are fractions of the image. VOC's program adds a pixel to the sides.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from examples import training
+from examples.common import inference
 from examples.yolo import boxes
 
 OVERLAP = 0.5
-# What is kept of an image's predictions: nearly all that could be of use at the
-# highest recall, and what the original evaluates.
+# The original evaluation keeps as many predictions per image. These are nearly
+# all that matter at the highest recall.
 THRESHOLD = 0.005
 SUPPRESSION = 0.45
 COUNT = 100
@@ -40,7 +40,7 @@ def evaluate(model, dataset, *, priors):
     """Returns a model's mean average precision.
 
     Args:
-        model: as `model.yolo` returns.
+        model: Keras model, see `model.yolo`.
         dataset: finite `tf.data.Dataset` of (images, objects), see
             `data.Source`.
         priors: `boxes.Priors` of the model.
@@ -49,8 +49,9 @@ def evaluate(model, dataset, *, priors):
         dict, {"map": float}.
     """
     detections, objects = [], []
-    for (_, rows), raw in training.predictions(model, dataset):
-        with tf.device("CPU"):  # Other devices cannot, or only few boxes.
+    for (_, rows), raw in inference.predictions(model, dataset):
+        # Other devices do not support this, or only for few boxes.
+        with tf.device("CPU"):
             *found, counts = boxes.detections(
                 raw,
                 priors,
@@ -69,15 +70,15 @@ def evaluate(model, dataset, *, priors):
 def mean_average_precision(detections, objects):
     """Returns the mean of the classes' average precisions.
 
-    Only classes with an object that is not difficult count.
+    Classes without an object that is not difficult are ignored.
 
     Args:
-        detections: list of `Detections`, of each image.
-        objects: list of float arrays of shape (objects, boxes.FIELDS), of each
-            image in the same order.
+        detections: list of `Detections`, one per image.
+        objects: list of float arrays of shape (objects, boxes.FIELDS), one per
+            image.
 
     Returns:
-        float in [0, 1]; 0 if no class counts.
+        float in [0, 1], 0 if all classes are ignored.
 
     Example:
 
@@ -108,21 +109,21 @@ def average_precision(is_correct, *, count):
     """Returns the mean of the best precisions at recalls 0, 0.1 ... 1.
 
     Args:
-        is_correct: bool, shape (detections,), by falling score.
+        is_correct: bool, shape (detections,), sorted by falling score.
         count: int >= 1, number of objects.
 
     Returns:
-        float in [0, 1]. The precision at a recall is the highest of those at
-        that recall or above; 0 where none comes so far.
+        float in [0, 1]. The precision at a recall is the highest one at this
+        recall or a higher recall, or 0 if no detection reaches it.
 
-    Example: one of two objects was found, with precision 1 at recalls to 0.5.
+    Example: one of two objects is found, so precision is 1 at recalls to 0.5.
 
     >>> average_precision(np.array([True]), count=2) == 6 / 11
     True
     """
     correct = np.cumsum(is_correct)
     precisions = correct / np.arange(1, len(correct) + 1)
-    # Both sides as whole numbers: 3 / 10 and 0.3 need not be the same.
+    # Compares integers, because 3 / 10 and 0.3 may differ.
     tenths = np.arange(11)[:, np.newaxis]
     reaches = 10 * correct >= tenths * count
     return float(np.mean(np.max(reaches * precisions, axis=1, initial=0)))
@@ -144,14 +145,14 @@ def _class_average_precision(detections, objects, label):
 
 
 def _verdicts(found, rows):
-    """Returns 1 for a correct detection, 0 for a false one, -1 for neither.
+    """Returns 1 for a correct detection, 0 for a false one, -1 if ignored.
 
-    A detection is judged by the object that it overlaps most. If that is not
-    enough, or that object was found before, it is false; if the object is
-    difficult, it is neither.
+    A detection is compared with the object that it overlaps most. It is false
+    if the overlap is too small or the object is already found. It is ignored if
+    the object is difficult.
 
     Args:
-        found: float, shape (detections, 4), by falling score.
+        found: float, shape (detections, 4), sorted by falling score.
         rows: float, shape (objects, boxes.FIELDS).
     """
     verdicts = np.zeros(len(found), int)
@@ -171,7 +172,7 @@ def _verdicts(found, rows):
 
 
 def _overlaps(first, second):
-    """Returns `boxes.overlaps` of broadcast boxes, in float64."""
+    """Returns `boxes.overlaps` in NumPy and float64."""
     first, second = first.astype("float64"), second.astype("float64")
     start = np.maximum(first[..., :2], second[..., :2])
     end = np.minimum(first[..., 2:], second[..., 2:])
@@ -187,7 +188,7 @@ def _overlaps(first, second):
 
 
 def _counted(rows):
-    """Returns the objects that a detector has to find."""
+    """Returns the objects that a detector must find."""
     return rows[_is_object(rows) & (rows[:, boxes.DIFFICULT] == 0)]
 
 

@@ -1,4 +1,4 @@
-"""YOLOv3: darknet-53 and three heads, 61.6 million parameters, or a small one.
+"""YOLOv3: darknet-53 and three heads, 61.6 million parameters; a miniature.
 
 Reference: Redmon & Farhadi, "YOLOv3: An Incremental Improvement", 2018.
 """
@@ -16,26 +16,26 @@ from examples.yolo import boxes
 
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
-SLOPE = 0.1  # Of the leaky rectifier, where it is negative.
+SLOPE = 0.1  # Of the leaky rectifier for negative inputs.
 WEIGHT_DECAY = 5e-4
-# Before training, each prediction holds an object to be this likely. Of
-# thousands of predictions in an image few are of an object, and one half would
-# make the first steps all about that (Lin et al. 2017, section 3.3).
+# The predicted probability of an object before training. Few of the thousands
+# of predictions in an image have an object. With 1/2, the first steps would
+# learn only that (Lin et al. 2017, section 3.3).
 PRIOR_PROBABILITY = 0.01
 
 
 class Size(NamedTuple):
-    """What there is to choose about the model.
+    """The size of the model.
 
     Attributes:
         image_size: int, pixels of a side of the images.
         classes: int, number of classes.
         stem: tuple of int, filters and stride of the first convolution.
-        stages: tuple of (filters, blocks) of the backbone. Each halves height
-            and width.
+        stages: tuple of (filters, blocks) of the backbone. Each stage halves
+            height and width.
         pairs: int, pairs of a 1x1 and a 3x3 convolution between the backbone
             and each head.
-        heads: tuple of `boxes.Head`, on the last stages, in their order.
+        heads: tuple of `boxes.Head`, one for each of the last stages, in order.
     """
 
     image_size: int
@@ -72,21 +72,21 @@ MINIATURE = Size(
 
 
 def yolo(size, *, backbone_weights=None):
-    """Returns YOLOv3: images to raw predictions.
+    """Returns YOLOv3 from images to raw predictions.
 
     Args:
         size: `Size`.
-        backbone_weights: str, path of weights of `darknet(size)` to start from,
-            written by its `save_weights`; by default they are random.
+        backbone_weights: str, path of the initial weights of the backbone, a
+            file that `darknet(size).save_weights` wrote. Default: random.
 
     Returns:
-        `tf_adascale.Model` of float32 images, shape (batch, image_size,
-        image_size, 3), to float32, shape (batch, predictions, 5 + classes), see
-        `boxes.detections` and `boxes.priors`.
+        `tf_adascale.Model` from float32 images, shape (batch, image_size,
+        image_size, 3), to float32 predictions, shape (batch, predictions,
+        5 + classes), see `boxes.detections` and `boxes.priors`.
 
     Raises:
-        ValueError: if the heads' strides are not those of the last stages, or
-            the weights are not there or not of this backbone.
+        ValueError: if the strides of the heads are not those of the last
+            stages, or the weights do not exist or do not fit.
     """
     _check(size)
     backbone = darknet(size)
@@ -96,7 +96,7 @@ def yolo(size, *, backbone_weights=None):
     features = backbone(inputs)
     outputs = []
     path = None
-    # From the last head, whose cells are the largest, to the first.
+    # Starts with the last head, which has the largest cells.
     for head, feature in reversed(list(zip(size.heads, features))):
         filters = feature.shape[-1] // 2
         if path is not None:
@@ -110,14 +110,15 @@ def yolo(size, *, backbone_weights=None):
         output = _unit(path, 2 * filters, 3)
         outputs.insert(0, _predictions(output, len(head.anchors), size.classes))
     predictions = layers.Concatenate(axis=1, dtype="float32")(outputs)
+    # AdaScale: a keras.Model whose training step has micro-batches.
     return tf_adascale.Model(inputs, predictions, name="yolo")
 
 
 def darknet(size):
-    """Returns the backbone: images to the features of the last stages.
+    """Returns the backbone from images to the features of the last stages.
 
     Args:
-        size: `Size`. With that of `FULL`, it is darknet-53.
+        size: `Size`. `FULL` is darknet-53.
 
     Returns:
         `keras.Model` with as many outputs as there are heads.
@@ -136,7 +137,7 @@ def darknet(size):
 
 
 def _unit(x, filters, kernel, *, strides=1):
-    """Convolution, batch normalization and leaky rectifier."""
+    """Applies a convolution, batch normalization and a leaky rectifier."""
     x = layers.Conv2D(
         filters,
         kernel,
@@ -153,11 +154,11 @@ def _unit(x, filters, kernel, *, strides=1):
 
 
 def _predictions(x, anchors, classes):
-    """A head's predictions: those of a cell side by side, one per anchor."""
+    """Returns a head's predictions, ordered by cell and then by anchor."""
     layer = layers.Conv2D(
         anchors * (5 + classes),
         1,
-        # Small, so that what is predicted at first are the priors.
+        # Small weights, so that the first predictions are the priors.
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
         kernel_regularizer=_weight_decay(),
         dtype="float32",
@@ -185,36 +186,32 @@ def _check(size):
     given = [head.stride for head in size.heads]
     if given != strides or size.image_size % strides[-1]:
         raise ValueError(
-            "The heads do not fit the backbone. Expected one head for each of "
-            f"its last stages, of strides {strides}, and images of a multiple "
-            f"of {strides[-1]} pixels. Received: strides={given}, "
-            f"image_size={size.image_size}"
+            f"`size` must have heads of strides {strides}, those of the last "
+            f"stages, and an image size that is a multiple of {strides[-1]}. "
+            f"Received: strides={given}, image_size={size.image_size}"
         )
 
 
 def _load(backbone, path):
-    """Loads weights, or tells why it cannot."""
+    """Loads weights, or raises a ValueError with the reason."""
     expected = (
-        "Expected a .weights.h5 file that save_weights wrote of "
-        "examples.yolo.model.darknet of the same size."
+        "`backbone_weights` must be a .weights.h5 file that `save_weights` of "
+        "examples.yolo.model.darknet wrote for the same size."
     )
     if not path.endswith(".weights.h5") or not os.path.isfile(path):
-        raise ValueError(
-            f"There are no weights of the backbone. {expected} "
-            f"Received: backbone_weights={path!r}"
-        )
+        raise ValueError(f"{expected} Received: backbone_weights={path!r}")
     try:
         with warnings.catch_warnings():
-            # Keras warns of layers whose weights the file lacks.
+            # Keras only warns if the file lacks the weights of a layer.
             warnings.simplefilter("error")
             backbone.load_weights(path)
     except (OSError, KeyError, ValueError, UserWarning) as error:
         raise ValueError(
-            f"These are not the weights of the backbone. {expected} "
-            f"Received: backbone_weights={path!r}, in which {error}"
+            f"{expected} Received: backbone_weights={path!r}, with the error: "
+            f"{error}"
         ) from error
 
 
 def _weight_decay():
-    # Coupled, as in the paper: its gradient is WEIGHT_DECAY times the kernel.
+    # The gradient of the penalty is WEIGHT_DECAY * kernel.
     return keras.regularizers.L2(WEIGHT_DECAY / 2)

@@ -1,21 +1,21 @@
-"""Trains YOLOv3 on Pascal VOC, or a small one on digits pasted on photos.
+r"""Trains YOLOv3 on Pascal VOC, or a small one on digits pasted on photos.
 
 Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020: yolo, tables 1 to 3 and B.4.5
 
-The miniature, which needs no download:
+Miniature, no download:
 
 Command:  python -m examples.yolo.train --algorithm=adascale --scale=32
 Hardware: 2 CPU cores
-Time:     10 minutes beside other work; 50 seconds with --algorithm=identity
-          --scale=1 and nothing beside it
-Metric:   map on the test split, mean average precision at an overlap of 0.5 by
-          the definition of VOC 2007
+Time:     10 minutes on a busy machine; 50 seconds with --algorithm=identity
+          --scale=1 on an idle one
+Metric:   map on the test split: mean average precision at an overlap of 0.5, as
+          defined by VOC 2007; see examples/README.md
 
-The paper's model and data:
+Full size, the paper's model and data:
 
-Command:  python -m examples.prepared voc/2007 --data_dir=DIR
-          python -m examples.prepared voc/2012 --data_dir=DIR
+Command:  python -m examples.common.data.prepared voc/2007 --data_dir=DIR
+          python -m examples.common.data.prepared voc/2012 --data_dir=DIR
           python -m examples.yolo.train --data=tfds --data_dir=DIR --scale=16 \
               --backbone_weights=FILE --strategy=mirrored
 Hardware: GPUs
@@ -28,14 +28,14 @@ import keras
 from absl import app
 from absl import flags as absl_flags
 
-from examples import data_flags, flags, training
+from examples.common import data_flags, flags, training
 from examples.yolo import boxes, loss, metric, model
 from examples.yolo import data as sources
 
 BASE_BATCH = 16
 MOMENTUM = 0.9
-# Of the paper's 207,000 steps, those at which the learning rate falls to a
-# tenth, by part of the whole: 160,000 and 180,000.
+# The paper's number of steps, and the steps at which the learning rate falls to
+# a tenth.
 TOTAL_STEPS = 207_000
 BOUNDARIES = (160_000, 180_000)
 LEARNING_RATE = 2.5e-4
@@ -45,7 +45,7 @@ MINIATURE_LEARNING_RATE = 0.006
 _BACKBONE_WEIGHTS = absl_flags.DEFINE_string(
     "backbone_weights",
     None,
-    "Where the backbone starts from: a .weights.h5 file that save_weights of "
+    "Initial weights of the backbone: a .weights.h5 file that save_weights of "
     "examples.yolo.model.darknet wrote. Default: random weights.",
 )
 _IMAGE_SIZE = absl_flags.DEFINE_integer(
@@ -57,7 +57,7 @@ _IMAGE_SIZE = absl_flags.DEFINE_integer(
 
 
 def sgd(schedule):
-    """Returns SGD with momentum. Weight decay is part of the loss."""
+    """Returns SGD with momentum. The model's loss includes weight decay."""
     return keras.optimizers.SGD(schedule, momentum=MOMENTUM)
 
 
@@ -96,16 +96,15 @@ def task(
 
     Args:
         data: str, "embedded" for the miniature or "tfds" for the full size.
-        data_dir: str, where tensorflow-datasets has voc/2007 and voc/2012
-            prepared.
-        split: str, "test" or "validation", what is tested on.
-        learning_rate: float, of the first step at the base batch; by default
-            the paper's, or the one chosen for the miniature.
-        backbone_weights: str, path of weights that the backbone starts from.
+        data_dir: str, directory in which voc/2007 and voc/2012 were prepared.
+        split: str, "test" or "validation", the data to test on.
+        learning_rate: float, of the first step at the base batch. Default: that
+            of the paper, or that of the miniature.
+        backbone_weights: str, path of the initial weights of the backbone.
         image_size: int, pixels of a side of the images of "tfds".
 
     Raises:
-        ValueError: if data or split are none of these.
+        ValueError: if `data` or `split` is unknown.
     """
     name = data_flags.task_name("yolo", data=data, split=split)
     if data == "tfds":
@@ -140,7 +139,7 @@ def task(
 
 
 def main(_):
-    """Trains as the flags say."""
+    """Trains with the settings of the flags."""
     training.run(
         task(
             **data_flags.values(),

@@ -2,12 +2,10 @@
 
 import re
 
-import compiler
-import lowering
-import programs
 import pytest
-import stub_strategy
 import tensorflow as tf
+
+from tests.tpu import compiler, lowering, programs, stub_strategy
 
 # Programs of which the compiler does not merge all sums into one: it leaves
 # AdamScale's scalar alone, and those of Adasum need one another.

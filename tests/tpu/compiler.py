@@ -10,14 +10,14 @@ import time
 from typing import NamedTuple
 
 import jax
-import lowering
 import numpy as np
-import stub_strategy
 from jax._src import compiler
 from jax._src.interpreters import mlir
 from jax._src.lib import _jax
 from jax._src.lib.mlir import ir
 from jax.experimental import topologies
+
+from tests.tpu import lowering, stub_strategy
 
 # Eight chips of each kind.
 TOPOLOGIES = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")

@@ -17,10 +17,11 @@ StableHLO; 2.18 does not.
 import re
 from typing import NamedTuple
 
-import stub_strategy
 import tensorflow as tf
 from tensorflow.core.framework import graph_pb2
 from tensorflow.python.ops import handle_data_util
+
+from tests.tpu import stub_strategy
 
 _MARK = "_tpu_replicate"
 _ALL_TO_ALL = "tpu_all_to_all"

@@ -1,10 +1,9 @@
 """What the program of a TPU core holds before XLA optimises it."""
 
-import lowering
-import programs
 import pytest
-import stub_strategy
 import tensorflow as tf
+
+from tests.tpu import lowering, programs, stub_strategy
 
 Value = lowering.Value
 

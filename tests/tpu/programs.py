@@ -7,11 +7,10 @@ optimizer.
 import functools
 
 import keras
-import lowering
-import stub_strategy
 import tensorflow as tf
 
 import tf_adascale
+from tests.tpu import lowering, stub_strategy
 
 BATCH = 8  # Of one replica.
 _CLASSES = 10
@@ -100,7 +99,7 @@ def _adamw():
 
 
 def _adamscale():
-    return tf_adascale.AdaScale(_adamw(), power=0.5, preconditioned=True)
+    return tf_adascale.AdamScale(_adamw())
 
 
 def _adasum(combine):

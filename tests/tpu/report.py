@@ -1,11 +1,9 @@
 """Prints what the TPU compiler makes of each train step, as a table.
 
-python tests/tpu/report.py
+python -m tests.tpu.report
 """
 
-import compiler
-import lowering
-import programs
+from tests.tpu import compiler, lowering, programs
 
 
 def rows():

@@ -4,17 +4,14 @@ It is run on CPUs in place of cores. So what is compiled for TPUs is AdaScale
 and Adasum, not only something of their shape.
 """
 
-import compiler
 import keras
-import lowering
 import numpy as np
-import programs
 import pytest
-import stub_strategy
 import tensorflow as tf
 
 import tf_adascale
-from tf_adascale import AdaScale, Adasum
+from tests.tpu import compiler, lowering, programs, stub_strategy
+from tf_adascale import AdamScale, AdaScale, Adasum
 
 CORES = stub_strategy.CORES
 BATCH, ENTRIES, CLASSES = 4, 20, 3
@@ -100,7 +97,7 @@ def of_cores(strategy, model, x, y):
         (programs.adascale, 2, 3),
         (lambda: AdaScale(programs.sgd(), estimator="differenced"), 1, 4),
         # It takes five steps to warm up.
-        (lambda: AdaScale(adam(), power=0.5, preconditioned=True), 1, 8),
+        (lambda: AdamScale(adam()), 1, 8),
         (lambda: Adasum(adam()), 2, 3),
         (lambda: Adasum(adam(), combine="gradients", group_size=2), 1, 3),
     ],

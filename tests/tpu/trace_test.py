@@ -3,11 +3,10 @@
 import collections
 
 import keras
-import programs
 import pytest
-import stub_strategy
 import tensorflow as tf
 
+from tests.tpu import programs, stub_strategy
 from tf_adascale import Adasum
 
 

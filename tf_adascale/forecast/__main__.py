@@ -1,4 +1,4 @@
-"""Prints what other scales would buy, from the log of one run.
+"""Prints a forecast of training at other scales, from the log of one run.
 
 python -m tf_adascale.forecast --log=run.csv --scales=1,2,4,...,1024
 """
@@ -6,29 +6,31 @@ python -m tf_adascale.forecast --log=run.csv --scales=1,2,4,...,1024
 import argparse
 import csv
 import math
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from tf_adascale import forecast
 
-# A progression of more terms is a slip of the hand.
+# A progression of more terms is a typing error.
 _MOST_SCALES = 1000
 
 
-def parsed_scales(text):
-    """Returns the scales that a text lists.
+def parsed_scales(text: str) -> list[float]:
+    """Returns the scales in a comma-separated list.
 
-    "..." goes on with the terms before it, two at least, to the term after it:
-    in equal ratios if those lead there, else in equal differences.
+    "..." continues the progression of the terms before it, at least two, up to
+    the term after it. The progression is geometric if that reaches the term,
+    else arithmetic.
 
     Args:
-        text: str.
+        text: the list.
 
     Returns:
-        List of float.
+        List of floats.
 
     Raises:
-        ValueError: if the text is no such list.
+        ValueError: if the list cannot be parsed.
 
     Example:
 
@@ -46,23 +48,23 @@ def parsed_scales(text):
                 scales.append(float(term))
     except (ValueError, StopIteration, ZeroDivisionError):
         raise ValueError(
-            "The scales cannot be read. Expected numbers, and ... between "
-            "terms of a progression, as in 1,2,4,...,1024. "
-            f"Received: scales={text!r}"
+            "`scales` must be numbers separated by commas, with ... between "
+            "terms of a progression, as in 1,2,4,...,1024. Received: "
+            f"scales={text!r}"
         ) from None
     return scales
 
 
 def _continued(terms, end):
-    """Returns what follows the last two terms, up to the end."""
-    before, last = terms[-2:]  # A ValueError if there are fewer.
+    """Returns the terms after the last one, up to and including the end."""
+    before, last = terms[-2:]  # Raises a ValueError if there are fewer.
     steps = [
         lambda term: term * (last / before),
         lambda term: term + (last - before),
     ]
-    if len(terms) > 2:  # A third term may tell which it is.
-        told = [step for step in steps if math.isclose(step(terms[-3]), before)]
-        steps = told or steps
+    if len(terms) > 2:  # A third term may exclude one of them.
+        fitting = [s for s in steps if math.isclose(s(terms[-3]), before)]
+        steps = fitting or steps
     for step in steps:
         more = [step(last)]
         while (
@@ -75,18 +77,22 @@ def _continued(terms, end):
     raise ValueError
 
 
-def main(arguments=None):
-    """Prints the forecast; returns the list of `forecast.Row`."""
+def main(arguments: Sequence[str] | None = None) -> list[forecast.Row]:
+    """Prints the forecast and returns its rows.
+
+    Args:
+        arguments: flags. None is those of the command line.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tf_adascale.forecast",
-        description="Tells from the log of one run by AdaScale, at any scale, "
-        "how many iterations training would take at others.",
+        description="Forecasts how many iterations training would take at "
+        "other scales, from the log of one AdaScale run at any scale.",
     )
     parser.add_argument(
         "--log",
         required=True,
         metavar="PATH",
-        help="CSV of keras.callbacks.CSVLogger, listed after "
+        help="CSV by keras.callbacks.CSVLogger, listed after "
         "tf_adascale.callbacks.ScalingLog",
     )
     parser.add_argument(
@@ -98,18 +104,20 @@ def main(arguments=None):
     parser.add_argument(
         "--total_steps",
         type=float,
-        help="steps of training at the base batch (default: the log's last "
-        "scale_invariant_step)",
+        help="steps of training at the base batch size (default: the log's "
+        "last scale_invariant_step)",
     )
     parser.add_argument(
         "--efficiency",
         type=float,
         default=0.5,
-        help="in (0, 1]: the scale is printed up to which speed-up / scale is "
-        "as high (default: %(default)s)",
+        help="number in (0, 1]; prints the largest scale whose speed-up / "
+        "scale is at least this (default: %(default)s)",
     )
-    parser.add_argument("--csv", metavar="PATH", help="write the table there")
-    parser.add_argument("--picture", metavar="PATH", help="draw a PNG there")
+    parser.add_argument(
+        "--csv", metavar="PATH", help="write the table to a CSV"
+    )
+    parser.add_argument("--picture", metavar="PATH", help="draw a PNG")
     options = parser.parse_args(arguments)
     try:
         return _run(options)
@@ -140,6 +148,6 @@ def _run(options):
 
 
 if __name__ == "__main__":
-    # No GPU is needed for this, and a training may be using them.
+    # Leave the GPUs to training: the forecast needs none.
     tf.config.set_visible_devices([], "GPU")
     main()

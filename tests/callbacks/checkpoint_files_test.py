@@ -1,0 +1,487 @@
+"""Checkpoints: damaged, unfinished, of other objects, and on a full disk."""
+
+import contextlib
+import pathlib
+import resource
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_adascale.callbacks import checkpoint_files
+
+INDEX, DATA = "ckpt-2.index", "ckpt-2.data-00000-of-00001"
+
+
+def objects(number):
+    """Variables of several types and shapes, all of which hold a number."""
+    return {
+        "parts": [
+            tf.Variable(tf.fill((50, 3), float(number))),
+            tf.Variable(number, dtype=tf.int64),
+        ],
+        "text": tf.Variable(str(number)),
+    }
+
+
+def put(held, number):
+    for variable, other in zip(
+        tf.nest.flatten(held), tf.nest.flatten(objects(number))
+    ):
+        variable.assign(other)
+
+
+def number_in(held):
+    """The number that all variables hold; fails if they hold several."""
+    matrix, integer = held["parts"]
+    numbers = {*matrix.numpy().ravel().tolist(), int(integer.numpy())}
+    (number,) = numbers | {int(held["text"].numpy())}
+    return number
+
+
+def opened(directory, held, kind="kind"):
+    return checkpoint_files.Checkpoints(str(directory), kind=kind, **held)
+
+
+def restored(directory):
+    """The number in the newest checkpoint that can be read."""
+    held = objects(0)
+    opened(directory, held).restore()
+    return number_in(held)
+
+
+def indices(directory):
+    return sorted(path.name for path in directory.glob("*.index"))
+
+
+def contents(directory):
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("template")
+    held = objects(0)
+    run = opened(directory, held)
+    for number in (1, 2):
+        put(held, number)
+        run.save()
+    return directory
+
+
+@pytest.fixture
+def directory(template, tmp_path):
+    """A directory with checkpoints 1 and 2, which hold those numbers."""
+    return pathlib.Path(shutil.copytree(template, tmp_path / "run"))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def halve(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def flip(path):
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 3] ^= 1
+    path.write_bytes(whole)
+
+
+def overwrite(path):
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def replace_by_a_directory(path):
+    path.unlink()
+    path.mkdir()
+    (path / "file").write_text("in it")
+
+
+DAMAGES = [empty, truncate, halve, flip, overwrite, replace_by_a_directory]
+
+
+def damage_all(directory):
+    for path in directory.glob("*.data*"):
+        flip(path)
+
+
+class TestRestore:
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_nothing_where_nothing_is(self, exists, tmp_path):
+        directory = tmp_path / "run"
+        if exists:
+            directory.mkdir()
+        held = objects(7)
+        assert opened(directory, held).restore() is None
+        assert number_in(held) == 7
+        # Only saving makes it.
+        assert directory.exists() == exists
+
+    def test_the_newest(self, directory):
+        held = objects(0)
+        path = opened(directory, held).restore()
+        assert path == str(directory / "ckpt-2")
+        assert number_in(held) == 2
+
+    def test_the_newest_by_number(self, tmp_path):
+        # As text, "ckpt-10" stands before "ckpt-9".
+        held = objects(0)
+        run = opened(tmp_path, held)
+        for number in range(1, 12):
+            put(held, number)
+            run.save()
+            assert restored(tmp_path) == number
+
+    @pytest.mark.parametrize(
+        "name, damage",
+        [
+            *((INDEX, damage) for damage in DAMAGES),
+            *((DATA, damage) for damage in DAMAGES),
+            (DATA, pathlib.Path.unlink),
+        ],
+    )
+    def test_passes_over_what_is_damaged(self, name, damage, directory):
+        damage(directory / name)
+        held = objects(0)
+        run = opened(directory, held)
+        with pytest.warns() as caught:
+            path = run.restore()
+        (warning,) = caught
+        assert warning.category is RuntimeWarning
+        assert warning.filename == __file__
+        assert f"{directory / 'ckpt-2'} cannot be read" in str(warning.message)
+        assert path == str(directory / "ckpt-1")
+        assert number_in(held) == 1
+
+    def test_passes_over_what_has_no_index(self, directory):
+        # So looks a save that was killed: nothing is damaged.
+        (directory / INDEX).unlink()
+        assert restored(directory) == 1
+
+    def test_a_wrong_bit_anywhere_is_noticed_or_harmless(self, directory):
+        random = np.random.default_rng(0)
+        for name in (INDEX, DATA):
+            whole = (directory / name).read_bytes()
+            seen = []
+            for _ in range(40):
+                damaged = bytearray(whole)
+                damaged[random.integers(len(whole))] ^= 1 << random.integers(8)
+                (directory / name).write_bytes(damaged)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    seen.append(restored(directory))
+                assert len(caught) == 2 - seen[-1]
+            assert set(seen) <= {1, 2}
+            assert seen.count(1) > 20
+            (directory / name).write_bytes(whole)
+
+    @pytest.mark.parametrize(
+        "damage", [*DAMAGES, pathlib.Path.unlink], ids=lambda f: f.__name__
+    )
+    def test_needs_no_list_of_checkpoints(self, damage, directory):
+        state_file = directory / "checkpoint"
+        if state_file.exists():
+            damage(state_file)
+        assert restored(directory) == 2
+
+    def test_refuses_to_begin_anew_when_all_are_damaged(self, directory):
+        damage_all(directory)
+        before = contents(directory)
+        held = objects(7)
+        run = opened(directory, held)
+        with (
+            pytest.warns(RuntimeWarning) as caught,
+            pytest.raises(ValueError, match="No checkpoint can be") as error,
+        ):
+            run.restore()
+        assert [
+            name
+            for warning in caught
+            for name in ("ckpt-2", "ckpt-1")
+            if f"{directory / name} cannot" in str(warning.message)
+        ] == ["ckpt-2", "ckpt-1"]
+        message = str(error.value)
+        assert "Expected at least one that is whole" in message
+        assert f"Received: directory={str(directory)!r}" in message
+        assert number_in(held) == 7
+        assert contents(directory) == before
+
+
+def others():
+    """Objects of which no checkpoint is, what differs, what is found there."""
+    matrix, integer = objects(7)["parts"]
+    text = objects(7)["text"]
+    wide = tf.Variable(tf.fill((3, 50), 7.0))
+    narrow = tf.Variable(7, dtype=tf.int32)
+    more = tf.Variable(7.0)
+    return {
+        "more variables": (
+            {"parts": [matrix, integer], "text": text, "more": more},
+            "more: float32, shape ()",
+            "",
+        ),
+        "a longer list": (
+            {"parts": [matrix, integer, more], "text": text},
+            "parts: float32, shape ()",
+            "text: string, shape ()",
+        ),
+        "fewer variables": (
+            {"parts": [matrix, integer]},
+            "",
+            "text: string, shape ()",
+        ),
+        "a shorter list": (
+            {"parts": [matrix], "text": text},
+            "text: string, shape ()",
+            "parts: int64, shape ()",
+        ),
+        "other names": (
+            {"others": [matrix, integer], "text": text},
+            "others: float32, shape (50, 3)",
+            "parts: float32, shape (50, 3)",
+        ),
+        "another shape": (
+            {"parts": [wide, integer], "text": text},
+            "parts: float32, shape (3, 50)",
+            "parts: float32, shape (50, 3)",
+        ),
+        "another type": (
+            {"parts": [matrix, narrow], "text": text},
+            "parts: int32, shape ()",
+            "parts: int64, shape ()",
+        ),
+        "another kind": (
+            {"parts": [matrix, integer], "text": text},
+            "Expected another kind",
+            "kind",
+        ),
+        "nothing": ({}, "", "parts: float32, shape (50, 3)"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "more variables",
+        "a longer list",
+        "fewer variables",
+        "a shorter list",
+        "other names",
+        "another shape",
+        "another type",
+        "another kind",
+        "nothing",
+    ],
+)
+def test_checkpoints_of_other_objects_are_refused(name, directory):
+    held, expected, found = others()[name]
+    before = [variable.numpy() for variable in tf.nest.flatten(held)]
+    files = contents(directory)
+    kind = name if name == "another kind" else "kind"
+    with pytest.raises(
+        ValueError, match=r"is of another model or optimizer\. Expected "
+    ) as error:
+        opened(directory, held, kind).restore()
+    said, received = str(error.value).split("Received: ")
+    assert expected in said
+    assert received.startswith(f"path={str(directory / 'ckpt-2')!r}")
+    assert received.endswith(found)
+    # Nothing has changed.
+    for value, variable in zip(before, tf.nest.flatten(held)):
+        np.testing.assert_array_equal(value, variable.numpy())
+    assert contents(directory) == files
+
+
+def test_checkpoints_without_a_signature_are_refused(tmp_path):
+    # As they were written before there was one.
+    held = objects(1)
+    tf.train.Checkpoint(**held).write(str(tmp_path / "ckpt-1"))
+    with pytest.raises(ValueError, match="of another model or optimizer"):
+        opened(tmp_path, held).restore()
+
+
+@contextlib.contextmanager
+def disk_with(free_bytes):
+    """Lets no file grow beyond a size: so fails a write to a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class TestSave:
+    def next_process(self, directory, number=3):
+        """Restores, as the next process does, and puts in another number."""
+        held = objects(0)
+        run = opened(directory, held)
+        run.restore()
+        put(held, number)
+        return run, held
+
+    def test_makes_the_directory(self, tmp_path):
+        directory = tmp_path / "of" / "runs"
+        opened(directory, objects(5)).save()
+        assert restored(directory) == 5
+
+    def test_keeps_two(self, directory):
+        run, held = self.next_process(directory)
+        for number in (3, 4, 5):
+            put(held, number)
+            run.save()
+            assert len(indices(directory)) == 2
+        flip(directory / indices(directory)[1].replace("index", DATA[7:]))
+        with pytest.warns(RuntimeWarning, match="passed over"):
+            assert restored(directory) == 4
+
+    @pytest.mark.parametrize("name", [INDEX, DATA])
+    def test_keeps_whole_ones(self, name, directory):
+        overwrite(directory / name)
+        with pytest.warns(RuntimeWarning, match="passed over"):
+            run, _ = self.next_process(directory)
+        run.save()
+        assert restored(directory) == 3
+        # The other one is whole too.
+        newest = indices(directory)[-1]
+        assert len(indices(directory)) == 2
+        (directory / newest).unlink()
+        assert restored(directory) == 1
+
+    def test_removes_what_a_killed_save_left(self, directory):
+        parts = directory / "ckpt-5_temp"
+        parts.mkdir()
+        (parts / "part-00000-of-00001.data-00000-of-00001").write_bytes(b"x")
+        (parts / "part-00000-of-00001.index").write_bytes(b"x")
+        (directory / "ckpt-7.data-00000-of-00001").write_bytes(b"x")
+        run, _ = self.next_process(directory)
+        run.save()
+        (oldest, newest) = indices(directory)
+        names = {path.name for path in directory.iterdir()}
+        assert names == {
+            *(oldest, newest),
+            *(n.replace("index", DATA[7:]) for n in (oldest, newest)),
+        }
+        assert restored(directory) == 3
+
+    def test_leaves_other_files_alone(self, directory):
+        for name in (
+            "ckpt-1.keras",
+            "ckpt-2.weights.h5",
+            "ckpt-best.index",
+            "my-ckpt-1.index",
+            "log.csv",
+            "ckpt-1-pictures",
+        ):
+            (directory / name).write_text(name)
+        others = set(directory.iterdir())
+        others -= set(directory.glob("ckpt-?.index"))
+        others -= set(directory.glob("ckpt-?.data*"))
+        run, _ = self.next_process(directory)
+        for _ in range(3):
+            run.save()
+        assert others <= set(directory.iterdir())
+
+    def test_is_the_newest_though_it_restored_nothing(self, directory):
+        # Two of them in one directory: the later save counts.
+        held = objects(9)
+        opened(directory, held).save()
+        assert restored(directory) == 9
+
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 0.95])
+    def test_a_full_disk_is_told_of_and_survived(self, share, directory):
+        run, held = self.next_process(directory)
+        before = contents(directory)
+        largest = max(len(content) for content in before.values())
+        with (
+            pytest.warns() as caught,
+            disk_with(int(share * largest)),
+        ):
+            run.save()
+        (warning,) = caught
+        assert warning.category is RuntimeWarning
+        assert warning.filename == __file__
+        path = directory / "ckpt-3"
+        assert f"checkpoint {path} could not be saved" in str(warning.message)
+        # Nothing is lost, nothing is left to fill the disk.
+        assert contents(directory) == before
+        assert restored(directory) == 2
+        # There is room again.
+        put(held, 4)
+        run.save()
+        assert restored(directory) == 4
+        assert len(indices(directory)) == 2
+
+    @pytest.mark.parametrize("name", ["ckpt-3.index", DATA.replace("2", "3")])
+    def test_what_stands_in_the_way_is_survived(self, name, directory):
+        run, held = self.next_process(directory)
+        (directory / name).mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run.save()
+            assert restored(directory) in (2, 3)
+        for number in (4, 5):
+            put(held, number)
+            run.save()
+            assert restored(directory) == number
+        assert [path.is_file() for path in directory.glob("*.index")] == [
+            True,
+            True,
+        ]
+
+    def test_a_failed_save_never_counts_as_whole(self, directory, monkeypatch):
+        run, held = self.next_process(directory)
+
+        def write(checkpoint, path):
+            pathlib.Path(f"{path}.index").write_bytes(b"half")
+            raise tf.errors.ResourceExhaustedError(None, None, "full")
+
+        def remove(path):
+            raise tf.errors.PermissionDeniedError(None, None, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tf.train.Checkpoint, "write", write)
+            patch.setattr(tf.io.gfile, "remove", remove)
+            with pytest.warns(RuntimeWarning, match="could not be saved"):
+                run.save()
+        put(held, 4)
+        run.save()
+        newest = indices(directory)[-1]
+        (directory / newest).unlink()
+        # The one before it is whole.
+        assert restored(directory) == 2
+
+    def test_a_directory_that_cannot_be_is_told_of(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("here")
+        run = opened(path / "run", objects(1))
+        assert run.restore() is None
+        with pytest.warns(RuntimeWarning, match="could not be saved"):
+            run.save()
+        assert path.read_text() == "here"
+
+    def test_stays_where_an_old_one_cannot_be_removed(
+        self, directory, monkeypatch
+    ):
+        run, _ = self.next_process(directory)
+
+        def remove(path):
+            raise tf.errors.PermissionDeniedError(None, None, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tf.io.gfile, "remove", remove)
+            run.save()
+        assert restored(directory) == 3

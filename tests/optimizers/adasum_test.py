@@ -1,0 +1,534 @@
+"""Adasum as an optimizer, against stock optimizers and a tree in NumPy."""
+
+import collections
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_adascale
+from tests import golden, harness
+from tf_adascale import Adasum
+from tf_adascale.distribute import collectives
+from tf_adascale.ops import adasum as adasum_ops
+
+SGD = keras.optimizers.SGD
+LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
+
+# One variable of many entries and others of few: they are combined in two ways.
+SHAPES = ((8, 5), (3, 2), ())
+both_ways = pytest.mark.parametrize("combine", ["updates", "gradients"])
+
+# Epsilons so large that the first steps differ in more than signs: vectors of
+# few signs are often opposite, and rounding would decide which way they add up.
+INNER = {
+    "momentum": lambda: SGD(0.05, momentum=0.9),
+    "adam": lambda: keras.optimizers.Adam(0.01, epsilon=0.1),
+    "lamb": lambda: keras.optimizers.Lamb(0.01, epsilon=0.1),
+    "nadam": lambda: keras.optimizers.Nadam(0.01, epsilon=0.1),
+    "adamw": lambda: keras.optimizers.AdamW(
+        0.01, epsilon=0.1, weight_decay=0.1, clipnorm=0.5
+    ),
+    "global_clipnorm": lambda: SGD(0.05, momentum=0.9, global_clipnorm=1.0),
+}
+
+
+def initial():
+    random = np.random.default_rng(7)
+    return [random.normal(size=shape).astype("float32") for shape in SHAPES]
+
+
+def random_gradients(count, steps=3):
+    """Gradients of steps: for each variable an array, replicas first."""
+    random = np.random.default_rng(0)
+    return [
+        [random.normal(size=(count, *s)).astype("float32") for s in SHAPES]
+        for _ in range(steps)
+    ]
+
+
+def tree(inputs):
+    """Adasum in float64, by what its definition says of vectors."""
+    nodes = [np.asarray(value, "float64") for value in inputs]
+    # Updates are differences of rounded weights: those of opposite signs and
+    # one length, which Lamb makes of a scalar, leave a rest that counts as 0.
+    nodes = [(value, np.linalg.norm(value)) for value in nodes]
+    while len(nodes) > 1:
+        odd_one = nodes[len(nodes) // 2 * 2 :]
+        pairs = zip(nodes[::2], nodes[1::2])
+        nodes = [tree_pair(left, right) for left, right in pairs] + odd_one
+    return nodes[0][0]
+
+
+def tree_pair(left, right):
+    """Returns a node, and how long it would be if nothing had cancelled."""
+    product = np.sum(left[0] * right[0])
+    factors = [
+        1 - product / (2 * np.sum(value**2))
+        if np.linalg.norm(value) > 2e-5 * bound
+        else 1.0
+        for value, bound in (left, right)
+    ]
+    values, bounds = zip(left, right)
+    return (
+        factors[0] * values[0] + factors[1] * values[1],
+        np.abs(factors) @ bounds,
+    )
+
+
+def tree_of_groups(inputs, size=1):
+    """The same of the means of groups."""
+    starts = range(0, len(inputs), size)
+    return tree([np.mean(inputs[i : i + size], 0) for i in starts])
+
+
+class Oracle:
+    """Stock optimizers side by side: one for each replica, or one."""
+
+    def __init__(self, count, make, combine, group_size=1):
+        self.group_size = group_size
+        self.separate = combine == "updates"
+        self.optimizers = [make() for _ in range(count if self.separate else 1)]
+        self.variables = [harness.variables(initial()) for _ in self.optimizers]
+        self.weights = initial()
+        for optimizer, variables in zip(self.optimizers, self.variables):
+            optimizer.build(variables)
+
+    def step(self, gradients):
+        """Takes a step and returns the weights."""
+        if not self.separate:
+            gradients = [
+                np.float32(tree_of_groups(g, self.group_size))[None]
+                for g in gradients
+            ]
+        updates = []
+        for i, optimizer in enumerate(self.optimizers):
+            for variable, weight in zip(self.variables[i], self.weights):
+                variable.assign(weight)
+            optimizer.apply(
+                [tf.constant(g[i]) for g in gradients], self.variables[i]
+            )
+            updates.append(
+                [v.numpy() - w for v, w in zip(self.variables[i], self.weights)]
+            )
+        size = self.group_size if self.separate else 1
+        self.weights = [
+            np.float32(weight + tree_of_groups(update, size))
+            for weight, update in zip(self.weights, zip(*updates))
+        ]
+        return self.weights
+
+
+def run_of(count, make, values=None, *, dtype=None, **arguments):
+    return harness.Run(
+        count,
+        lambda: Adasum(make(), **arguments),
+        initial() if values is None else values,
+        dtype=dtype,
+    )
+
+
+class TestSeparateOptimizers:
+    """One on each replica, or one by the tree of their gradients."""
+
+    @pytest.mark.parametrize("count", [2, 3, 5, 8])
+    @both_ways
+    def test_of_any_number(self, combine, count):
+        self.check(count, "momentum", combine)
+
+    @pytest.mark.parametrize("name", sorted(set(INNER) - {"momentum"}))
+    @both_ways
+    def test_of_any_kind(self, combine, name):
+        self.check(3, name, combine)
+
+    @pytest.mark.parametrize(
+        ("combine", "count", "size"),
+        [("updates", 8, 2), ("updates", 8, 4), ("gradients", 6, 2)],
+    )
+    def test_of_groups(self, combine, count, size):
+        self.check(count, "momentum", combine, size)
+
+    @staticmethod
+    def check(count, name, combine, group_size=1):
+        make = INNER[name]
+        run = run_of(count, make, combine=combine, group_size=group_size)
+        oracle = Oracle(count, make, combine, group_size)
+        for gradients in random_gradients(count):
+            expected = oracle.step(gradients)
+            harness.assert_close(run.step(gradients).weights(), expected)
+        # Each replica has its own slots, or all have those of the one step.
+        slots = run.optimizer.inner_optimizer.variables
+        received = list(zip(*map(harness.copies, slots)))
+        for i in range(count):
+            stock = oracle.optimizers[i if oracle.separate else 0]
+            expected = [variable.numpy() for variable in stock.variables]
+            harness.assert_close(received[i], expected, atol=1e-5)
+        if oracle.separate:
+            assert not np.allclose(received[0][2], received[1][2])
+
+
+@both_ways
+def test_average_of_weights_is_of_those_that_all_have(combine):
+    run = run_of(
+        2,
+        lambda: SGD(0.05, use_ema=True, ema_momentum=0.75),
+        combine=combine,
+    )
+    oracle = Oracle(2, lambda: SGD(0.05), combine)
+    averages = None
+    for gradients in random_gradients(2):
+        run.step(gradients)
+        new = oracle.step(gradients)
+        averages = averages or new  # The first step starts them.
+        averages = [0.75 * a + 0.25 * w for a, w in zip(averages, new)]
+    slots = run.optimizer.inner_optimizer._model_variables_moving_average
+    for received in zip(*map(harness.copies, slots)):
+        harness.assert_close(received, averages)
+
+
+@both_ways
+def test_constraint_acts_on_what_was_combined(combine):
+    run = run_of(2, lambda: SGD(1.0), [np.zeros(2)], combine=combine)
+    run.variables[0].constraint = keras.constraints.NonNeg()
+    # -(1, -1) and -(1, 1) are orthogonal: (-2, 0), of which (0, 0) is left.
+    run.step([[[1, -1], [1, 1]]])
+    assert run.weights()[0].tolist() == [0.0, 0.0]
+
+
+@both_ways
+def test_one_group_is_the_plain_mean(combine):
+    run = run_of(4, lambda: SGD(0.05), combine=combine, group_size=4)
+    plain, variables = SGD(0.05), harness.variables(initial())
+    for gradients in random_gradients(4):
+        run.step(gradients)
+        plain.apply([tf.constant(g.mean(0)) for g in gradients], variables)
+        harness.assert_close(run.weights(), [v.numpy() for v in variables])
+
+
+@both_ways
+@pytest.mark.parametrize("row", golden.ADASUM_ROWS, ids=lambda row: row.name)
+def test_golden_rows(row, combine):
+    """With SGD(1) a step is minus the combined gradients, in both modes."""
+    # The same vectors, with zeros at the end, as a variable of many entries.
+    samples = np.array(row.samples, "float32")
+    wide = np.pad(samples, [(0, 0), (0, 37)])
+    run = run_of(
+        len(samples),
+        lambda: SGD(1.0),
+        [np.zeros(40), np.zeros(3)],
+        dtype="float32",
+        combine=combine,
+    )
+    large, small = run.step([wide, samples]).weights()
+    for received in (large[:3], small):
+        np.testing.assert_allclose(
+            received, -np.array(row.expected), rtol=0, atol=2e-6
+        )
+    assert not large[3:].any()
+
+
+@both_ways
+class TestTypes:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_precision_is_combined_in_float32(self, dtype, combine):
+        # Orthogonal ones whose squared norms, 100 * 64^2, float16 has not.
+        gradients = np.zeros((2, 200), "float32")
+        gradients[0, :100] = 64
+        gradients[1, 100:] = 128
+        run = run_of(
+            2, lambda: SGD(1.0), [np.zeros(200)], dtype=dtype, combine=combine
+        )
+        [weight] = run.step([gradients]).weights()
+        assert weight.dtype == dtype
+        assert np.array_equal(weight.astype("float32"), -gradients.sum(0))
+        assert int(run.optimizer.skipped_steps) == 0
+
+    @pytest.mark.parametrize("size", [2, 40])
+    def test_float64_keeps_its_digits_beside_float32(self, size, combine):
+        strategy = harness.strategy_of(2)
+        with strategy.scope():
+            narrow = keras.Variable(np.zeros(size), dtype="float32")
+            wide = keras.Variable(np.zeros(size), dtype="float64")
+            optimizer = Adasum(SGD(1.0), combine=combine)
+
+        def step():
+            one = tf.one_hot(collectives.index(), size, dtype=tf.float64)
+            optimizer.apply(
+                [tf.cast(one, "float32") / 2, one * (1 + 1e-12) / 2],
+                [narrow, wide],
+            )
+
+        strategy.run(step)
+        for value in harness.copies(wide):
+            np.testing.assert_allclose(
+                value[:2], [-1 - 1e-12] * 2, rtol=0, atol=1e-15
+            )
+        for value in harness.copies(narrow):
+            assert value[:2].tolist() == [-1.0, -1.0]
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_float64_has_its_range(self, count, combine):
+        """A gradient is not infinite for having no square in float32."""
+        run = run_of(
+            count,
+            lambda: SGD(1.0),
+            [np.zeros(3), np.zeros(50)],
+            dtype="float64",
+            combine=combine,
+        )
+        gradients = [np.full((count, size), 1e100) for size in (3, 50)]
+        for weight in run.step(gradients).weights():
+            np.testing.assert_allclose(weight, -1e100, rtol=1e-12)
+
+
+@both_ways
+def test_sparse_gradients_of_unknown_shape(combine):
+    dense, sparse = (
+        run_of(
+            2,
+            lambda: SGD(0.05),
+            [np.zeros((20, 2)), np.zeros((3, 2))],
+            dtype="float32",
+            combine=combine,
+        )
+        for _ in range(2)
+    )
+
+    def slices(local):
+        return [harness.slices(g, shape_known=False) for g in local]
+
+    for gradients in harness.random_gradients(2, 2, [(20, 2), (3, 2)]):
+        dense.step(gradients)
+        sparse.step(gradients, slices)
+    harness.assert_close(dense.weights(), sparse.weights())
+
+
+# Through models.
+
+
+def model_of(model_class, optimizer, num_replicas=1, **compiled):
+    with harness.strategy_of(num_replicas).scope():
+        model = harness.dense_model(model_class, units=16)
+        model.compile(optimizer(), "mse", **compiled)
+    return model
+
+
+def stepped(weights, samples, *, rate=0.1, group_size=1):
+    """Weights after one SGD step by the tree of each sample's gradient."""
+    model = model_of(keras.Model, SGD)
+    model.set_weights(weights)
+    gradients = []
+    for x, y in samples:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients.append(
+            [g.numpy() for g in tape.gradient(loss, model.trainable_variables)]
+        )
+    return [
+        weight - rate * tree_of_groups(g, group_size)
+        for weight, g in zip(weights, zip(*gradients))
+    ]
+
+
+STEPS = 2
+
+
+def check_fit(model, samples, *, group_size=1):
+    """Fits two steps of so many samples of two rows each; checks weights."""
+    x, y = harness.regression(2 * samples * STEPS)
+    expected = model.get_weights()
+    harness.fit(model, harness.batches(x, y, 2 * samples))
+    parts = list(
+        zip(np.split(x, samples * STEPS), np.split(y, samples * STEPS))
+    )
+    for step in range(STEPS):
+        expected = stepped(
+            expected,
+            parts[samples * step : samples * (step + 1)],
+            group_size=group_size,
+        )
+    harness.assert_close(model.get_weights(), expected)
+    assert harness.iterations(model) == STEPS
+
+
+class TestFit:
+    """With plain SGD an update is the gradient times the rate."""
+
+    @pytest.mark.parametrize(
+        ("combine", "count", "microbatches", "arguments"),
+        [
+            ("updates", 1, 7, {}),
+            ("updates", 2, 2, {"jit_compile": True}),
+            ("gradients", 2, 2, {"run_eagerly": True}),
+        ],
+        ids=str,
+    )
+    def test_samples_are_inputs_of_the_tree(
+        self, combine, count, microbatches, arguments
+    ):
+        model = model_of(
+            tf_adascale.Model,
+            lambda: Adasum(SGD(0.1), combine=combine),
+            count,
+            microbatches=microbatches,
+            **arguments,
+        )
+        check_fit(model, count * microbatches)
+
+    @pytest.mark.parametrize(
+        ("combine", "count", "microbatches", "group_size"),
+        [("updates", 4, 2, 4), ("gradients", 2, 3, 3), ("updates", 1, 4, 4)],
+    )
+    def test_groups_of_micro_batches(
+        self, combine, count, microbatches, group_size
+    ):
+        model = model_of(
+            tf_adascale.Model,
+            lambda: Adasum(SGD(0.1), combine=combine, group_size=group_size),
+            count,
+            microbatches=microbatches,
+            run_eagerly=True,
+        )
+        check_fit(model, count * microbatches, group_size=group_size)
+
+    @both_ways
+    def test_of_a_stock_model(self, combine):
+        model = model_of(
+            keras.Model, lambda: Adasum(SGD(0.1), combine=combine), 2
+        )
+        check_fit(model, 2)
+
+    def test_in_mixed_float16(self):
+        """An overflow in one micro-batch of one replica skips the step."""
+        keras.config.set_dtype_policy("mixed_float16")
+        model = model_of(
+            tf_adascale.Model,
+            lambda: Adasum(INNER["adam"]()),
+            2,
+            microbatches=2,
+        )
+        assert isinstance(model.optimizer.inner_optimizer, LossScaleOptimizer)
+        x, y = harness.regression(16)
+        before = model.get_weights()
+        history = harness.fit(model, harness.batches(x, y, 8), epochs=3).history
+        assert history["loss"][-1] < history["loss"][0]
+        after = model.get_weights()
+        assert not np.array_equal(after[0], before[0])
+        x[-1] = 1e5  # Infinite in float16.
+        skipped = int(model.optimizer.skipped_steps)
+        harness.fit(model, harness.batches(x[8:], y[8:], 8))
+        assert int(model.optimizer.skipped_steps) == skipped + 1
+        harness.assert_close(model.get_weights(), after, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["model", "weights"])
+def test_a_file_has_the_slots_of_the_first_replica_for_all(kind, tmp_path):
+    def make(num_replicas):
+        model = model_of(
+            keras.Model, lambda: Adasum(INNER["adam"]()), num_replicas
+        )
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    model = make(2)
+    x, y = harness.regression(8)
+    harness.fit(model, harness.batches(x, y, 4))
+    [velocity, *_] = model.optimizer.inner_optimizer._velocities
+    assert not np.array_equal(*harness.copies(velocity))
+    if kind == "model":
+        model.save(tmp_path / "model.keras")
+        with harness.strategy_of(2).scope():
+            loaded = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        model.save_weights(tmp_path / "model.weights.h5")
+        loaded = make(3)
+        loaded.load_weights(tmp_path / "model.weights.h5")
+    for saved, received in zip(
+        [*model.variables, *model.optimizer.variables],
+        [*loaded.variables, *loaded.optimizer.variables],
+        strict=True,
+    ):
+        for copy in harness.copies(received):
+            assert np.array_equal(copy, harness.first(saved))
+
+
+class TestRefused:
+    @pytest.mark.parametrize("combine", ["sum", None, "Updates"])
+    def test_to_combine_anything_else(self, combine):
+        rule = "`combine` must be one of ('updates', 'gradients')"
+        with harness.refused(rule, f"combine={combine!r}"):
+            Adasum(SGD(), combine=combine)
+
+    @pytest.mark.parametrize("size", [0, -1, 2.0, True, False, None, "2"])
+    def test_groups_of(self, size):
+        rule = "`group_size` must be an int >= 1: the samples averaged"
+        with harness.refused(rule, f"group_size={size!r}"):
+            Adasum(SGD(), group_size=size)
+
+    @pytest.mark.parametrize(
+        ("count", "microbatches", "size"),
+        [(1, 1, 2), (1, 4, 2), (2, 1, 4), (3, 1, 2), (2, 2, 3), (2, 3, 2)],
+    )
+    def test_groups_that_do_not_fit(self, count, microbatches, size):
+        run = run_of(count, SGD, group_size=size)
+        run.optimizer.microbatches = microbatches
+        [gradients] = random_gradients(count, steps=1)
+        with (
+            harness.untouched(*run.variables, run.optimizer),
+            harness.refused(
+                "`group_size` must be 1, or a multiple of the micro-batches",
+                f"group_size={size}, replicas={count}, "
+                f"microbatches={microbatches}",
+            ),
+        ):
+            run.step(gradients)
+
+
+# What a step's graph holds.
+
+
+def outputs_of(graph):
+    """All tensors of a graph and of the functions it calls."""
+    functions = getattr(graph, "_functions", {})
+    graphs = [graph, *(f.graph for f in functions.values())]
+    return [x for g in graphs for op in g.get_operations() for x in op.outputs]
+
+
+@both_ways
+def test_memory_is_bounded(combine, monkeypatch):
+    """No replica holds more than a piece of all replicas at a time."""
+    entries = 64
+    monkeypatch.setattr(collectives, "BYTES_PER_GATHER", 4 * entries)
+    gathered = []
+    stock = tf.distribute.ReplicaContext.all_gather
+
+    def all_gather(context, value, *args, **kwargs):
+        gathered.append(value.shape.num_elements())
+        return stock(context, value, *args, **kwargs)
+
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_gather", all_gather)
+    strategy = harness.strategy_of(3)
+    with strategy.scope():
+        variables = harness.variables([np.zeros((20, 25)), np.zeros((7, 11))])
+        optimizer = Adasum(SGD(1.0), combine=combine)
+        optimizer.build(variables)
+
+    @tf.function
+    def step():
+        strategy.run(
+            lambda: optimizer.apply([tf.ones(v.shape) for v in variables])
+        )
+
+    graph = step.get_concrete_function().graph
+    # 577 entries on each of three replicas: 9 pieces of 64, and a last of 1.
+    assert collections.Counter(gathered) == {64: 27, 1: 3}
+    # Nor is anything made of all replicas' whole values.
+    sizes = [x.shape.num_elements() or 0 for x in outputs_of(graph)]
+    assert max(sizes) == 500
+
+
+def test_module_agrees_with_the_oracle_of_this_file():
+    inputs = random_gradients(5, steps=1)[0][0]
+    received = adasum_ops.combine([tf.constant(x, "float64") for x in inputs])
+    np.testing.assert_allclose(received, tree(inputs), rtol=0, atol=1e-12)

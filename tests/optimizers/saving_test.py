@@ -1,0 +1,381 @@
+"""Saved and loaded: by every format, at every number of replicas.
+
+Variables get values of their own in place of those of training: what a file
+holds of them is the same question, and takes no steps. That steps after loading
+are those that were not interrupted is in `contract_test.py` and, by `fit`, in
+`test_fit_resumes_by_backup_and_restore`.
+"""
+
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import harness
+from tf_adascale import AdamScale, AdaScale, Adasum, Model
+
+FORMATS = ["model", "weights", "checkpoint"]
+
+
+def schedule():
+    # A short half-life: a wrong tau shows in the rate.
+    return keras.optimizers.schedules.ExponentialDecay(0.02, 3, 0.5)
+
+
+def sgd(**settings):
+    return keras.optimizers.SGD(schedule(), momentum=0.9, **settings)
+
+
+def everything():
+    """AdaScale around as many kinds of state as go together."""
+    return AdaScale(
+        keras.optimizers.LossScaleOptimizer(
+            sgd(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
+            initial_scale=2.0**8,
+            dynamic_growth_steps=3,
+        )
+    )
+
+
+OPTIMIZERS = {
+    "adascale": everything,
+    "differenced": lambda: AdaScale(sgd(), scale=4, estimator="differenced"),
+    "adamscale": lambda: AdamScale(
+        keras.optimizers.AdamW(0.01, weight_decay=0.1)
+    ),
+    "adasum": lambda: Adasum(keras.optimizers.Nadam(0.01)),
+}
+
+# What is in the state beside the iterations: parts of names.
+SCALARS = [
+    "gradient_variance",
+    "gradient_sqnorm",
+    "averaged_steps",
+    "scale_invariant_step",
+    "scale_invariant_fraction",
+]
+STATE = {
+    "adascale": [
+        *(*SCALARS, "step_counter", "dynamic_scale", "average", "momentum")
+    ],
+    "differenced": [*SCALARS, "previous_gradient", "seen_steps", "momentum"],
+    "adamscale": [*SCALARS, "learning_rate", "momentum", "velocity"],
+    "adasum": ["learning_rate", "momentum", "velocity", "product"],
+}
+
+
+def make(optimizer=None, *, microbatches=2, units=3, num_replicas=1):
+    """A model with the same weights at every call, its optimizer built."""
+    with harness.strategy_of(num_replicas).scope():
+        model = harness.dense_model(Model, units=units)
+        optimizer = everything() if optimizer is None else optimizer()
+        model.compile(optimizer, "mse", microbatches=microbatches)
+        optimizer.build(model.trainable_variables)
+    return model
+
+
+def variables(model):
+    return model.weights + model.optimizer.variables
+
+
+def assert_same_state(model, other):
+    """Asserts that all copies are what the first one of the other is."""
+    for variable, wanted in zip(
+        variables(model), variables(other), strict=True
+    ):
+        for copy in harness.copies(variable):
+            np.testing.assert_array_equal(
+                copy, harness.first(wanted), err_msg=variable.path
+            )
+
+
+def scrambled(model, seed=0):
+    """Gives every variable a value of its own; returns the model."""
+    random = np.random.default_rng(seed)
+    for variable in variables(model):
+        if "int" in variable.dtype:
+            value = random.integers(1, 2**40)
+        else:
+            value = random.uniform(0.1, 0.9, variable.shape)
+        variable.assign(value)
+    return model
+
+
+def save(model, directory, kind):
+    """Saves the model; returns what `restored` needs."""
+    if kind == "model":
+        model.save(directory / "saved.keras")
+        return directory / "saved.keras"
+    if kind == "weights":
+        model.save_weights(directory / "saved.weights.h5")
+        return directory / "saved.weights.h5"
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    return checkpoint.save(str(directory / "saved"))
+
+
+def restored(path, kind, make):
+    """A model restored; if by weights, in a model where all else was wrong."""
+    if kind == "model":
+        return keras.saving.load_model(path)
+    model = scrambled(make(), seed=1)
+    if kind == "weights":
+        model.load_weights(path)
+    else:
+        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        status = checkpoint.restore(str(path))
+        status.assert_consumed()
+        status.assert_existing_objects_matched()
+    return model
+
+
+def test_names_in_files_stay():
+    """A file of this version is read by a later one."""
+    for cls in (AdaScale, AdamScale, Adasum):
+        name = keras.saving.get_registered_name(cls)
+        assert name == f"tf_adascale>{cls.__name__}"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+class TestEveryVariable:
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_is_in_the_file(self, name, kind, tmp_path):
+        model = scrambled(make(OPTIMIZERS[name]))
+        names = [v.name for v in model.optimizer.variables]
+        for part in ["iteration", "skipped_steps", *STATE[name]]:
+            assert any(part in n for n in names), part
+        path = save(model, tmp_path, kind)
+        loaded = restored(path, kind, lambda: make(OPTIMIZERS[name]))
+        assert type(loaded.optimizer) is type(model.optimizer)
+        assert_same_state(loaded, model)
+
+    def test_of_an_optimizer_that_is_not_built_yet(self, kind, tmp_path):
+        model = scrambled(make())
+        path = save(model, tmp_path, kind)
+        if kind == "model":
+            loaded = keras.saving.load_model(path)
+        else:
+            loaded = make()
+            loaded.compile(everything(), "mse", microbatches=2)
+        if kind == "weights":
+            loaded.load_weights(path)
+        if kind == "checkpoint":
+            tf.train.Checkpoint(
+                model=loaded, optimizer=loaded.optimizer
+            ).restore(path)
+        loaded.optimizer.build(loaded.trainable_variables)
+        assert_same_state(loaded, model)
+
+    def test_and_a_rate_that_was_set(self, kind, tmp_path):
+        model = make(OPTIMIZERS["adamscale"])
+        model.optimizer.learning_rate = 0.003
+        path = save(model, tmp_path, kind)
+        loaded = restored(path, kind, lambda: make(OPTIMIZERS["adamscale"]))
+        assert float(loaded.optimizer.learning_rate) == np.float32(0.003)
+        # The gain is 1 before the first step.
+        rate = float(loaded.optimizer.effective_learning_rate)
+        assert rate == np.float32(0.003)
+
+    @pytest.mark.parametrize(
+        "source, target",
+        # Replicas and micro-batches of the run that is saved and the next.
+        [((4, 2), (8, 1)), ((4, 2), (1, 3)), ((1, 3), (2, 2))],
+        ids=str,
+    )
+    def test_goes_to_another_number_of_replicas(
+        self, source, target, kind, tmp_path
+    ):
+        """The averages are those of the base batch, the gain is of this."""
+
+        def make_of(num_replicas, microbatches):
+            return make(num_replicas=num_replicas, microbatches=microbatches)
+
+        model = scrambled(make_of(*source))
+        path = save(model, tmp_path, kind)
+        with harness.strategy_of(target[0]).scope():
+            loaded = restored(path, kind, lambda: make_of(*target))
+        assert_same_state(loaded, model)
+        if kind == "model":
+            assert loaded.microbatches == source[1]
+            loaded.compile(loaded.optimizer, "mse", microbatches=target[1])
+        scale = target[0] * target[1]
+        assert loaded.optimizer.scale == scale
+        gain = float(loaded.optimizer.gain)
+        assert 1 < gain < scale
+        assert gain == float(model.optimizer.gain_at(scale))
+        tau = float(model.optimizer.scale_invariant_step)
+        assert float(loaded.optimizer.scale_invariant_step) == tau
+
+
+class StopAt(keras.callbacks.Callback):
+    """Fails at the end of a step, as a machine would that goes away."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.optimizer.iterations == self.step:
+            raise InterruptedError
+
+
+def test_fit_resumes_by_backup_and_restore(tmp_path):
+    """To the bit, after a failure within the third of four epochs."""
+
+    def fit(model, *callbacks):
+        x, y = harness.regression(24)
+        return harness.fit(
+            model, x, y**2, batch_size=12, epochs=4, callbacks=callbacks
+        )
+
+    model = make()
+    fit(model)
+    assert 1 < float(model.optimizer.gain) < model.optimizer.scale
+    assert int(model.optimizer.skipped_steps) == 0
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    with pytest.raises(InterruptedError):
+        fit(make(), backup, StopAt(5))
+    resumed = make()
+    fit(resumed, backup)
+    assert_same_state(resumed, model)
+
+
+class HalfWay(keras.optimizers.schedules.LearningRateSchedule):
+    """A user's schedule, which the user did not register."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate / (1.0 + tf.cast(step, tf.float32))
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+class TestSavedConfig:
+    def test_has_the_arguments_of_compile(self, tmp_path):
+        model = make(microbatches=3)
+        path = save(model, tmp_path, "model")
+        loaded = keras.saving.load_model(path)
+        assert loaded.microbatches == loaded.optimizer.microbatches == 3
+        assert loaded.optimizer.get_config() == model.optimizer.get_config()
+        # The schedule is the user's, not what the wrapper put in its place.
+        with zipfile.ZipFile(path) as file:
+            assert "_Rate" not in file.read("config.json").decode()
+        config = loaded.optimizer.get_config()["inner_optimizer"]["config"]
+        rate = config["inner_optimizer"]["config"]["learning_rate"]
+        assert rate["class_name"] == "ExponentialDecay"
+        assert rate["config"] == schedule().get_config()
+
+    def test_loads_with_a_schedule_from_custom_objects(self, tmp_path):
+        model = make(lambda: AdaScale(keras.optimizers.SGD(HalfWay(0.5))))
+        optimizer = scrambled(model).optimizer
+        path = save(model, tmp_path, "model")
+        loaded = keras.saving.load_model(
+            path, custom_objects={"HalfWay": HalfWay}
+        )
+        rate = float(optimizer.effective_learning_rate)
+        assert float(loaded.optimizer.effective_learning_rate) == rate
+        # 0.5 gain / (1 + floor(tau)).
+        tau = np.floor(float(optimizer.scale_invariant_step))
+        gain = float(optimizer.gain)
+        np.testing.assert_allclose(rate, 0.5 * gain / (1 + tau), rtol=1e-6)
+
+
+STRANGERS = {
+    "plain": sgd,
+    "other_estimator": OPTIMIZERS["differenced"],
+    "other_inner_optimizer": lambda: AdaScale(
+        keras.optimizers.Adam(schedule())
+    ),
+    "rate_without_schedule": lambda: AdaScale(
+        keras.optimizers.SGD(0.1, momentum=0.9)
+    ),
+}
+
+
+class TestStateOfAnotherModel:
+    # Keras goes on to what else is in the file, and warns of that.
+    pytestmark = pytest.mark.filterwarnings(
+        "ignore:Skipping variable loading for optimizer",
+        "ignore:Skipping nested container",
+    )
+
+    @staticmethod
+    def momentum():
+        return scrambled(make(lambda: AdaScale(sgd())))
+
+    @staticmethod
+    def own(model):
+        """What the inner optimizer does not have: Keras loads that itself."""
+        inner = model.optimizer.inner_optimizer.variables
+        return model.optimizer.variables[: -len(inner)]
+
+    @pytest.mark.parametrize("stranger", STRANGERS)
+    def test_is_refused_from_a_file(self, stranger, tmp_path):
+        other = make(STRANGERS[stranger], microbatches=1)
+        path = save(other, tmp_path, "weights")
+        model = self.momentum()
+        with (
+            harness.untouched(*self.own(model)),
+            harness.refused("The state saved for `adascale` must be that of"),
+        ):
+            model.load_weights(path)
+
+    def test_of_another_architecture_is_refused(self, tmp_path):
+        # What is wrong first is a layer, so the message is Keras's.
+        path = save(make(units=5), tmp_path, "weights")
+        model = make()
+        with (
+            harness.untouched(*self.own(model)),
+            pytest.raises(ValueError, match="could not be loaded"),
+        ):
+            model.load_weights(path)
+
+    def test_weights_without_an_optimizer_are_welcome(self, tmp_path):
+        """As of a pretrained model, which was never compiled."""
+        trained = scrambled(make(), seed=1)
+        pretrained = Model(trained.inputs, trained.outputs)
+        path = tmp_path / "pretrained.weights.h5"
+        pretrained.save_weights(path)
+        model = make()
+        with harness.untouched(*self.own(model)):
+            model.load_weights(path)
+        np.testing.assert_equal(model.get_weights(), trained.get_weights())
+
+    def test_weights_go_into_a_model_without_an_optimizer(self, tmp_path):
+        trained = scrambled(make())
+        path = save(trained, tmp_path, "weights")
+        model = harness.dense_model(Model, units=3)
+        model.load_weights(path)
+        np.testing.assert_equal(model.get_weights(), trained.get_weights())
+
+    def test_is_noticed_by_a_checkpoint(self, tmp_path):
+        # TensorFlow's own messages: it knows names and shapes only.
+        model = self.momentum()
+        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        plain = make(sgd, microbatches=1)
+        path = save(plain, tmp_path, "checkpoint")
+        with pytest.raises(AssertionError):
+            checkpoint.restore(path).assert_existing_objects_matched()
+        path = save(make(units=5), tmp_path, "checkpoint")
+        with pytest.raises(ValueError, match="incompatible"):
+            checkpoint.restore(path)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_compiled_model_may_be_served(jit_compile, tmp_path):
+    model = make()
+    model.compile(everything(), "mse", microbatches=2, jit_compile=jit_compile)
+    x, y = harness.regression(4)
+    model.train_on_batch(x, y)
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "exported")).serve(x)
+    np.testing.assert_allclose(served, model(x), rtol=1e-6, atol=1e-6)
+    tf.saved_model.save(model, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    outputs = loaded.signatures["serving_default"](tf.constant(x))
+    [served] = outputs.values()
+    np.testing.assert_allclose(served, model(x), rtol=1e-6, atol=1e-6)

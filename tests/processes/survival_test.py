@@ -1,0 +1,417 @@
+"""Trainers that are stopped, killed, damaged and moved to other replicas."""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.processes import children
+from tf_adascale import callbacks
+
+EXIT_CODE = callbacks.Checkpoint.EXIT_CODE
+
+TRAINER = (pathlib.Path(__file__).with_name("small_trainer.py"), "--scale=4")
+# 127 steps in rows of two, between which a signal finds it amid a row.
+LONG = (*TRAINER, "--total_steps=404")
+STEPS_PER_ROW = 2
+# 46 steps in rows of one.
+SHORT = (*TRAINER, "--total_steps=140")
+SHORT_OF_TWO = (*SHORT, "--strategy=multiworker")
+
+# Alternately while a checkpoint is being written, and at any moment.
+KILLS = 4
+
+
+def started(directory, words):
+    return children.started(*words, f"--model_dir={directory}")
+
+
+def cluster(directory, *flags, **limits):
+    words = (*SHORT_OF_TWO, *flags, f"--model_dir={directory}")
+    return children.cluster(*words, **limits)
+
+
+def trained(directory, words, **limits):
+    """Trains to the end; returns what was written to stderr."""
+    words = (*words, f"--model_dir={directory}")
+    with children.started(*words, **limits) as child:
+        assert child.finish() == 0, child.errors()
+        return child.errors()
+
+
+def names(directory):
+    path = directory / "checkpoint"
+    return sorted(os.listdir(path)) if path.is_dir() else []
+
+
+def newest(directory):
+    """Returns the number of the last complete checkpoint, 0 if there is none."""
+    found = re.findall(r"ckpt-(\d+)\.index", " ".join(names(directory)))
+    return max(map(int, found), default=0)
+
+
+def is_writing(directory):
+    """Returns whether some checkpoint is begun and not complete."""
+    found = names(directory)
+    begun = set(re.findall(r"ckpt-\d+", " ".join(found)))
+    return not {f"{name}.index" for name in begun} <= set(found)
+
+
+def wait_for_saves(child, directory, count):
+    """Waits until a child has saved `count` more checkpoints."""
+    last = newest(directory)
+    child.wait_until(lambda: newest(directory) >= last + count)
+
+
+def saved(directory):
+    """Returns the last checkpoint's values by name."""
+    path = directory / "checkpoint" / f"ckpt-{newest(directory)}"
+    reader = tf.train.load_checkpoint(str(path))
+    return {
+        name.partition("/.")[0]: np.asarray(reader.get_tensor(name))
+        for name in reader.get_variable_to_shape_map()
+        if name.endswith("VARIABLE_VALUE")
+    }
+
+
+def log(directory):
+    return (directory / "log.csv").read_text()
+
+
+def column(directory, name):
+    rows = csv.DictReader(log(directory).splitlines())
+    return np.array([float(row[name]) for row in rows])
+
+
+def result(directory):
+    return json.loads((directory / "result.json").read_text())
+
+
+def assert_same_values(found, wanted, *, tolerance=0.0):
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        exact = tolerance == 0 or value.dtype.kind != "f"
+        if exact:
+            np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+        else:
+            np.testing.assert_allclose(
+                value, wanted[name], rtol=0, atol=tolerance, err_msg=name
+            )
+
+
+def assert_same(directory, expected, *, tolerance=0.0, stops=0):
+    """Compares what two runs ended with; one was stopped so many times."""
+    found, wanted = saved(directory), saved(expected)
+    assert wanted["epoch"] <= found.pop("epoch") <= wanted.pop("epoch") + stops
+    assert_same_values(found, wanted, tolerance=tolerance)
+    for name, value in result(expected).items():
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=tolerance, abs=0)
+        assert result(directory)[name] == value
+    steps, wanted = (column(path, "step") for path in (directory, expected))
+    assert np.all(np.diff(steps) > 0)
+    assert set(steps) >= set(wanted)
+    assert len(steps) <= len(wanted) + stops
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of a run that nothing happens to."""
+
+    def make(directory):
+        assert "Warning" not in trained(directory, LONG)
+
+    return children.once(tmp_path_factory, "whole", make)[0]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, whole):
+    """The directory of a run that SIGTERM stops amid a row, near its end."""
+
+    def make(directory):
+        # Where the signal comes with the last step of a row, again.
+        for saves in range(newest(whole) - 8, newest(whole)):
+            with started(directory, LONG) as child:
+                wait_for_saves(child, directory, saves - newest(directory))
+                child.send(signal.SIGTERM)
+                assert child.finish() == EXIT_CODE, child.errors()
+            if saved(directory)["step"] % STEPS_PER_ROW:
+                return
+        raise AssertionError("It never stops amid a row.")
+
+    return children.once(tmp_path_factory, "stopped", make)[0]
+
+
+@pytest.fixture
+def copy(tmp_path, stopped):
+    """A copy of `stopped`, to resume."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def test_killed_at_random_moments(tmp_path, whole):
+    moments = random.Random(0)
+    directory = tmp_path / "run"
+    for number in range(KILLS):
+        with started(directory, LONG) as child:
+            if number % 2:
+                wait_for_saves(child, directory, moments.randint(1, 6))
+                child.wait_until(lambda: is_writing(directory))
+            else:
+                child.wait_until(directory.exists)
+                time.sleep(moments.uniform(0, 1))
+            child.send(signal.SIGKILL)
+            assert child.finish() == -signal.SIGKILL
+    trained(directory, LONG)
+    assert_same(directory, whole)
+    assert log(directory) == log(whole)
+    assert not is_writing(directory)
+
+
+def test_sigterm_saves_amid_a_row(stopped):
+    assert column(stopped, "step")[-1] == saved(stopped)["step"]
+    assert not (stopped / "result.json").exists()
+
+
+def test_disk_full_while_saving(copy, whole):
+    values, files = saved(copy), names(copy)
+    # A checkpoint has 160,000 bytes; the log and TensorBoard's 60,000 at most.
+    errors = trained(copy, LONG, max_file_bytes=100_000)
+    assert "RuntimeWarning: The checkpoint" in errors
+    assert "File too large" in errors
+    assert result(copy) == result(whole)
+    assert names(copy) == files
+    assert_same_values(saved(copy), values)
+    # With room again, it resumes as if nothing had happened since SIGTERM.
+    (copy / "result.json").unlink()
+    assert "Warning" not in trained(copy, LONG)
+    assert_same(copy, whole, stops=1)
+
+
+def damage(directory, *, truncate, last):
+    """Damages the last checkpoint but `last`; returns its path."""
+    path = directory / "checkpoint" / f"ckpt-{newest(directory) - last}"
+    data_path = path.with_name(f"{path.name}.data-00000-of-00001")
+    data = bytearray(data_path.read_bytes())
+    if truncate:
+        del data[-1:]
+    else:
+        data[len(data) // 2] ^= 1
+    data_path.write_bytes(data)
+    return path
+
+
+def test_damaged_checkpoint_is_passed_over(copy, whole):
+    path = damage(copy, truncate=False, last=0)
+    errors = trained(copy, LONG)
+    assert f"RuntimeWarning: The checkpoint {path} cannot be read" in errors
+    # The damaged one was that of the stop.
+    assert_same(copy, whole)
+    assert log(copy) == log(whole)
+
+
+def test_only_damaged_checkpoints_are_an_error(copy):
+    damage(copy, truncate=True, last=0)
+    damage(copy, truncate=False, last=1)
+    with started(copy, LONG) as child:
+        assert child.finish() == 1
+        assert "ValueError: `directory` must hold a checkpoint" in child.errors()
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    """The directory of two workers that nothing happens to."""
+
+    def make(directory):
+        # The last can write only what a lock needs.
+        with cluster(directory, last_max_file_bytes=64) as (chief, last):
+            assert chief.finish() == last.finish() == 0, last.errors()
+            assert "digits: Result(" in chief.output()
+            assert last.output() == ""
+            for errors in (chief.errors(), last.errors()):
+                assert "could not be saved" not in errors
+                assert "could not write" not in errors
+
+    return children.once(tmp_path_factory, "whole_of_two", make)[0]
+
+
+def worker(launcher, index):
+    """Returns the process id of a launcher's worker."""
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            status = (path / "status").read_text()
+            variables = (path / "environ").read_text().split("\0")
+        except OSError:  # Of another user, or ended meanwhile.
+            continue
+        if f"PPid:\t{launcher.pid}\n" in status:
+            (config,) = (v for v in variables if v.startswith("TF_CONFIG="))
+            if json.loads(config.partition("=")[2])["task"]["index"] == index:
+                return int(path.name)
+    raise AssertionError(f"There is no worker {index}.")
+
+
+@pytest.mark.multiworker
+class TestTwoWorkers:
+    def test_only_the_chief_writes(self, whole_of_two):
+        assert sorted(path.name for path in whole_of_two.iterdir()) == [
+            "checkpoint",
+            "log.csv",
+            "result.json",
+            "run.json",
+            "tensorboard",
+        ]
+        assert len(list(whole_of_two.rglob("*tfevents*"))) == 1
+
+    @pytest.mark.skipif(
+        sys.platform != "linux", reason="looks for workers in /proc"
+    )
+    def test_one_is_lost_then_the_chief_then_all_are_stopped(
+        self, tmp_path, whole_of_two
+    ):
+        directory = tmp_path / "run"
+        # A lost worker ends the other, which can be started again.
+        with cluster(directory) as (chief, last):
+            wait_for_saves(chief, directory, 3)
+            last.send(signal.SIGKILL)
+            assert chief.finish() == EXIT_CODE, chief.errors()
+            for said in ("digits: stopped", "worker of the cluster was lost"):
+                assert said in chief.errors()
+        flags = ("examples.launch", "--max_restarts=2", "--", *SHORT_OF_TWO)
+        with started(directory, flags) as launcher:
+            # A lost chief makes the launcher start both again.
+            wait_for_saves(launcher, directory, 3)
+            os.kill(worker(launcher, 0), signal.SIGKILL)
+            wait_for_saves(launcher, directory, 3)
+            assert "restarting all, 1 of 2" in launcher.errors()
+            # SIGTERM to both is final: one start is left.
+            launcher.send(signal.SIGTERM)
+            assert launcher.finish() == EXIT_CODE, launcher.errors()
+            assert launcher.errors().count("restarting all") == 1
+        with cluster(directory) as workers:
+            for child in workers:
+                assert child.finish() == 0, child.errors()
+        assert_same(directory, whole_of_two, tolerance=1e-6)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """The directory of a run on one device, two workers, two local replicas."""
+
+    def make(directory):
+        with started(directory, SHORT) as child:
+            wait_for_saves(child, directory, 15)
+            child.send(signal.SIGTERM)
+            assert child.finish() == EXIT_CODE, child.errors()
+        with cluster(directory, "--scale=8") as (chief, last):
+            wait_for_saves(chief, directory, 5)
+            # SIGTERM to one stops both.
+            last.send(signal.SIGTERM)
+            assert chief.finish() == last.finish() == EXIT_CODE, chief.errors()
+        trained(directory, (*SHORT, "--strategy=mirrored", "--replicas=2"))
+
+    return children.once(tmp_path_factory, "moved", make)[0]
+
+
+@pytest.mark.multiworker
+class TestElastic:
+    def test_each_process_counts_at_its_scale(self, moved):
+        assert result(moved)["scale"] == "4-8-4"
+        scales = column(moved, "scale")
+        changes = np.diff(scales)
+        assert changes[changes != 0].tolist() == [4, -4]
+        assert column(moved, "step").tolist() == list(range(1, len(scales) + 1))
+        counts = column(moved, "base_batches")
+        np.testing.assert_array_equal(counts, np.cumsum(scales))
+
+    def test_progress_is_the_sum_of_all_gains(self, moved):
+        steps = column(moved, "scale_invariant_step")
+        gains = column(moved, "gain")
+        np.testing.assert_allclose(steps, np.cumsum(gains), rtol=1e-6)
+        # The last step is worth 8 at most.
+        assert 140 <= steps[-1] < 148
+
+    def test_averages_continue(self, moved):
+        scales, gains = column(moved, "scale"), column(moved, "gain")
+        variance, sqnorm = (
+            column(moved, f"gradient_{name}") for name in ("variance", "sqnorm")
+        )
+        np.testing.assert_allclose(
+            gains,
+            (variance + sqnorm) / (variance / scales + sqnorm),
+            rtol=1e-5,
+        )
+        # The k-th step moves an average by 1/k of the way to a new sample. The
+        # squared norms scatter, which shows in the first steps, and would show
+        # again if averages began anew after a stop: the first is at step 15.
+        changes = np.abs(np.diff(np.log([variance, sqnorm])))
+        assert changes[1, :3].max() > 0.1
+        assert changes[:, 14:].max() < 0.1
+
+
+OWN = """
+import sys
+import keras, numpy as np, tensorflow as tf
+import tf_adascale
+
+directory = sys.argv[1].removeprefix("--model_dir=")
+keras.utils.set_random_seed(0)
+inputs = keras.Input((4,))
+x = keras.layers.Dense(8, activation="tanh")(inputs)
+x = keras.layers.BatchNormalization()(x)
+x = keras.layers.Dropout(0.2)(x)
+model = tf_adascale.Model(inputs, keras.layers.Dense(1)(x))
+sgd = keras.optimizers.SGD(
+    keras.optimizers.schedules.CosineDecay(0.005, 500), momentum=0.9
+)
+model.compile(tf_adascale.AdaScale(sgd), "mse", microbatches=2)
+model.optimizer.build(model.trainable_variables)
+
+x = np.random.default_rng(0).normal(size=(96, 5)).astype("float32")
+data = tf.data.Dataset.from_tensor_slices((x[:, :4], x.sum(1, keepdims=True)))
+batches = data.shuffle(96, seed=1).batch(8)
+checkpoint = tf_adascale.callbacks.Checkpoint(
+    f"{directory}/checkpoint", model=model
+)
+model.fit(
+    batches.repeat().skip(checkpoint.step),
+    steps_per_epoch=10,
+    initial_epoch=checkpoint.epoch,
+    epochs=1000,
+    callbacks=[
+        tf_adascale.callbacks.ScalingLog(),
+        tf_adascale.callbacks.StopAtScaleInvariantStep(500),
+        checkpoint,
+    ],
+    shuffle=False,
+    verbose=0,
+)
+"""
+
+
+def test_a_model_of_ones_own(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    trained(whole, [script])
+    for number, code in (
+        (signal.SIGKILL, -signal.SIGKILL),
+        (signal.SIGTERM, EXIT_CODE),
+    ):
+        with started(directory, [script]) as child:
+            wait_for_saves(child, directory, 5)
+            child.send(number)
+            assert child.finish() == code, child.errors()
+    trained(directory, [script])
+    found, wanted = saved(directory), saved(whole)
+    # The next process does not complete the epoch that was stopped.
+    assert wanted.pop("epoch") <= found.pop("epoch")
+    assert_same_values(found, wanted)

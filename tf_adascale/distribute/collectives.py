@@ -1,0 +1,154 @@
+"""Collectives: values that all replicas compute together.
+
+Call these functions in replica context: in a step, once per replica.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+# Large enough to fill a network, small enough that few values are copied.
+BYTES_PER_PACK = 2**20
+
+# Bytes each replica contributes per all-gather.
+BYTES_PER_GATHER = 2**22
+
+
+def total(values: list[Any]) -> list[Any]:
+    """Returns the sums over the replicas, by one all-reduce of the whole list.
+
+    Args:
+        values: list of tensors or `tf.IndexedSlices`, of any types and shapes;
+            this replica's own.
+
+    Returns:
+        List like `values`, the same on every replica.
+
+    Example:
+
+    >>> [float(value) for value in total([tf.constant(2.0)])]
+    [2.0]
+    """
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return list(values)
+    # By default TensorFlow copies all values into one tensor and back. Sorting
+    # and packing by size sends large values uncopied and small ones together.
+    order = sorted(range(len(values)), key=lambda i: _size(values[i]))[::-1]
+    reduced = context.all_reduce(
+        tf.distribute.ReduceOp.SUM,
+        [values[i] for i in order],
+        options=tf.distribute.experimental.CommunicationOptions(
+            bytes_per_pack=BYTES_PER_PACK
+        ),
+    )
+    places = {i: place for place, i in enumerate(order)}
+    return [reduced[places[i]] for i in range(len(values))]
+
+
+def index() -> tf.Tensor:
+    """Returns this replica's index among all replicas, scalar int32.
+
+    Example:
+
+    >>> int(index())
+    0
+    """
+    context = tf.distribute.get_replica_context()
+    return tf.convert_to_tensor(context.replica_id_in_sync_group, tf.int32)
+
+
+def gathered(value: tf.Tensor) -> tf.Tensor:
+    """Returns a value of every replica, along a new first axis.
+
+    Args:
+        value: tensor of a known shape; this replica's own.
+
+    Returns:
+        Tensor of shape `(N, ...)`, the same on every replica.
+
+    Example:
+
+    >>> gathered(tf.constant([3.0, 4.0])).numpy().tolist()
+    [[3.0, 4.0]]
+    """
+    context = tf.distribute.get_replica_context()
+    count = context.num_replicas_in_sync
+    if count == 1:
+        return value[None]
+    # The collectives of CPUs and GPUs do not know the shape.
+    return tf.ensure_shape(
+        context.all_gather(value[None], axis=0), (count, *value.shape)
+    )
+
+
+def inner_products(values: list[tf.Tensor]) -> tf.Tensor:
+    """Returns the inner products between the replicas, for each of V values.
+
+        out[v, i, j] = sum over entries, x_i x_j,    x_i: value v of replica i
+
+    The values are gathered in pieces of `BYTES_PER_GATHER`, one after another.
+    A replica holds N pieces and their products at a time, however large the
+    values are. In total it receives N - 1 times their size.
+
+    Args:
+        values: list of V >= 1 floating tensors of known shapes; this replica's
+            own.
+
+    Returns:
+        Tensor of shape `(V, N, N)`, the same on every replica. float32, or
+        float64 where any value is float64.
+
+    Example:
+
+    >>> inner_products([tf.constant([3.0, 4.0])]).numpy().tolist()
+    [[[25.0]]]
+    """
+    wide = any(value.dtype == tf.float64 for value in values)
+    dtype = tf.float64 if wide else tf.float32
+    count = tf.distribute.get_strategy().num_replicas_in_sync
+    rows = [tf.zeros((count,), dtype) for _ in values]  # Row i, on replica i.
+    for bucket in _buckets(values, BYTES_PER_GATHER // dtype.size):
+        # Wait for the bucket before: all at once would fill the memory.
+        with tf.control_dependencies(rows):
+            pieces = [
+                tf.cast(tf.reshape(values[v], [-1])[start:end], dtype)
+                for v, start, end in bucket
+            ]
+            own = tf.concat(pieces, 0)
+        # A matrix product would round to 10 bits on some accelerators.
+        products = gathered(own) * own
+        begin = 0
+        for v, start, end in bucket:
+            length = end - start
+            part = products[:, begin : begin + length]
+            rows[v] += tf.reduce_sum(part, axis=1)
+            begin += length
+    # One replica computes each row, so all replicas get the same numbers.
+    mine = tf.one_hot(index(), count, dtype=dtype)
+    (result,) = total([mine[:, None] * tf.stack(rows)[:, None, :]])
+    return result
+
+
+def _buckets(values, size):
+    """Yields lists of `(value, start, end)` with `size` entries in total."""
+    bucket, room = [], size
+    for number, value in enumerate(values):
+        start, entries = 0, value.shape.num_elements()
+        while start < entries:
+            end = min(start + room, entries)
+            bucket.append((number, start, end))
+            room -= end - start
+            start = end
+            if not room:
+                yield bucket
+                bucket, room = [], size
+    if bucket:
+        yield bucket
+
+
+def _size(value):
+    """Returns the bytes of a tensor, 0 if its shape is unknown."""
+    if isinstance(value, tf.IndexedSlices):
+        return 0
+    return (value.shape.num_elements() or 0) * value.dtype.size

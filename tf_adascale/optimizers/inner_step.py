@@ -1,0 +1,296 @@
+"""The step of a Keras optimizer, taken on every device's copy of its variables.
+
+Call these functions only inside a function passed to `updates.hand_off`. There
+Keras's own `apply` does not work: it would reduce the gradients and leave the
+context. Values are each device's own.
+
+Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
+these are
+
+    _apply_weight_decay              `update` does it instead
+    _backend_update_step             likewise; only Nadam's is known
+    _use_weight_decay                whether a variable decays
+    _trainable_variables             the variables an optimizer was built on
+    _model_variables_moving_average  the slots of `use_ema`
+    _u_product                       Nadam's, which belongs to no variable
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tf_adascale.distribute import updates
+from tf_adascale.ops import ema as ema_ops
+
+
+class Step(NamedTuple):
+    """One step of the inner optimizer, the same on every replica.
+
+    Attributes:
+        gradients: list of tensors or `tf.IndexedSlices`, the mean gradients;
+            with `combine_updates`, this replica's own.
+        finite: scalar bool. If false, the step is skipped.
+        learning_rate: scalar.
+        base_steps: scalar, base steps that this step stands for in the average
+            of the weights; None for one, which is Keras's own average.
+        assignments: list of `(variable, value)` to assign if the step is taken.
+        combine_updates: callable. If given, every replica first takes the step
+            by its own gradients; the callable turns the list of its changes of
+            the variables into the list of changes that all replicas apply.
+    """
+
+    gradients: list[Any]
+    finite: tf.Tensor
+    learning_rate: Any
+    base_steps: tf.Tensor | None = None
+    assignments: Sequence[tuple[Any, tf.Tensor]] = ()
+    combine_updates: Callable[[list[tf.Tensor]], list[tf.Tensor]] | None = None
+
+
+class Rate(keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate of an optimizer in a wrapper: what the wrapper sets.
+
+    Args:
+        rate: function without arguments that returns the effective rate.
+
+    Example:
+
+    >>> Rate(lambda: 0.5)(tf.constant(3))
+    0.5
+    """
+
+    def __init__(self, rate: Callable[[], Any]):
+        self._rate = rate
+
+    def __call__(self, step: Any) -> Any:
+        del step  # Iterations; the wrapper counts progress.
+        return self._rate()
+
+    def get_config(self) -> dict[str, Any]:
+        return {}  # Wrapper.get_config puts the user's rate in its place.
+
+
+def check(optimizer: keras.optimizers.Optimizer, *, name: str) -> None:
+    """Raises a ValueError if an optimizer steps in another way than `update`.
+
+    Args:
+        optimizer: Keras optimizer, not a wrapper.
+        name: str, the wrapper that asks.
+
+    Example:
+
+    >>> check(keras.optimizers.SGD(), name="AdaScale")
+    """
+    for hook in ("_apply_weight_decay", "_backend_update_step"):
+        known = [
+            getattr(cls, hook)
+            for cls in (keras.optimizers.Optimizer, keras.optimizers.Nadam)
+        ]
+        if getattr(type(optimizer), hook) not in known:
+            raise ValueError(
+                "`inner_optimizer` must not override "
+                f"keras.optimizers.Optimizer.{hook}: {name} takes its step "
+                "without calling it. Received: "
+                f"inner_optimizer={optimizer!r}"
+            )
+
+
+def update(
+    strategy: tf.distribute.Strategy,
+    optimizer: keras.optimizers.Optimizer,
+    variables: list[Any],
+    gradients: list[Any],
+    rate: Any,
+) -> None:
+    """Takes an optimizer's step: weight decay, slots and weights.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        optimizer: Keras optimizer that passes `check`, built.
+        variables: list of those to update.
+        gradients: list of tensors or `tf.IndexedSlices`.
+        rate: scalar, the learning rate.
+
+    Example:
+
+    >>> sgd, weight = keras.optimizers.SGD(), keras.Variable([1.0])
+    >>> sgd.build([weight])
+    >>> update(updates.strategy(), sgd, [weight], [tf.constant([2.0])], 0.25)
+    >>> weight.numpy().tolist()
+    [0.5]
+    """
+
+    def update_one(variable, gradient, rate):
+        # Keras's _apply_weight_decay would leave the context of the update.
+        if optimizer.weight_decay is not None and optimizer._use_weight_decay(
+            variable
+        ):
+            decay = tf.cast(optimizer.weight_decay, variable.dtype)
+            variable.assign_sub(
+                variable * decay * tf.cast(rate, variable.dtype)
+            )
+        optimizer.update_step(gradient, variable, rate)
+
+    if gradients and isinstance(optimizer, keras.optimizers.Nadam):
+        _advance_nadam(strategy, optimizer)
+    for variable, gradient in zip(variables, gradients):
+        updates.update(strategy, variable, update_one, gradient, rate)
+
+
+def combined(
+    strategy: tf.distribute.Strategy,
+    optimizer: keras.optimizers.Optimizer,
+    variables: list[Any],
+    step: Step,
+) -> Step:
+    """Takes each replica's own step; returns the combination of these steps.
+
+    Call it in replica context.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        optimizer: Keras optimizer that passes `check`, built.
+        variables: list of those to update.
+        step: `Step` with `combine_updates`.
+
+    Returns:
+        `Step` without gradients, whose assignments apply the combined changes.
+
+    Example:
+
+    >>> sgd, weight = keras.optimizers.SGD(), keras.Variable([1.0])
+    >>> sgd.build([weight])
+    >>> step = Step([tf.constant([2.0])], tf.constant(True), 0.25,
+    ...             combine_updates=lambda changes: changes)
+    >>> step = combined(updates.strategy(), sgd, [weight], step)
+    >>> [(_, value)] = step.assignments
+    >>> step.gradients, value.numpy().tolist()
+    ([], [0.5])
+    """
+    before = [tf.convert_to_tensor(v) for v in variables]
+    updates.hand_off_if(
+        step.finite,
+        lambda strategy, *values: update(
+            strategy, optimizer, variables, *values
+        ),
+        strategy,
+        (step.gradients, step.learning_rate),
+    )
+    changes = [tf.convert_to_tensor(v) - b for v, b in zip(variables, before)]
+    assignments = [
+        (v, b + change)
+        for v, b, change in zip(
+            variables, before, step.combine_updates(changes)
+        )
+    ]
+    return step._replace(
+        gradients=[], assignments=[*step.assignments, *assignments]
+    )
+
+
+def averaged_weights(optimizer: keras.optimizers.Optimizer) -> list[Any]:
+    """Returns the list of the variables that `use_ema` averages.
+
+    Example:
+
+    >>> averaged_weights(keras.optimizers.SGD())
+    []
+    """
+    return optimizer._trainable_variables if optimizer.use_ema else []
+
+
+def average(
+    strategy: tf.distribute.Strategy,
+    optimizer: keras.optimizers.Optimizer,
+    *,
+    before: list[tf.Tensor],
+    base_steps: tf.Tensor | None,
+) -> None:
+    """Advances the averages of `use_ema`, once the weights are updated.
+
+    To be called before the optimizer's iterations are incremented.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        optimizer: Keras optimizer, built.
+        before: list of tensors, `averaged_weights` before the step.
+        base_steps: scalar, base steps that the step stands for, see
+            `ema_ops.advance_average`; None for one, as Keras has it.
+
+    Example:
+
+    >>> sgd = keras.optimizers.SGD(use_ema=True, ema_momentum=0.5)
+    >>> weight = keras.Variable([1.0])
+    >>> sgd.build([weight])
+    >>> average(updates.strategy(), sgd, before=[], base_steps=None)
+    >>> sgd._model_variables_moving_average[0].numpy().tolist()
+    [1.0]
+    """
+    momentum = optimizer.ema_momentum if optimizer.use_ema else None
+    period = optimizer.ema_overwrite_frequency
+    iterations = optimizer.iterations.value
+
+    def by_one(average, variable):
+        started = tf.cast(iterations > 0, average.dtype)
+        average.assign(
+            ema_ops.update_average(average, variable, started * momentum)
+        )
+
+    def by_several(average, variable, before, steps):
+        steps = tf.cast(steps, average.dtype)
+        first = before + (variable - before) / steps
+        start = tf.where(iterations > 0, average, first)
+        average.assign(
+            ema_ops.advance_average(
+                start, before, variable, momentum=momentum, steps=steps
+            )
+        )
+
+    def overwrite(variable, average):
+        due = (iterations + 1) % period == 0
+        variable.assign(tf.where(due, average, variable))
+
+    for place, variable in enumerate(averaged_weights(optimizer)):
+        slot = optimizer._model_variables_moving_average[place]
+        if base_steps is None:
+            updates.update(strategy, slot, by_one, variable)
+        else:
+            updates.update(
+                strategy, slot, by_several, variable, before[place], base_steps
+            )
+        if period:
+            updates.update(strategy, variable, overwrite, slot)
+
+
+def constrain(strategy: tf.distribute.Strategy, variable: Any) -> None:
+    """Applies a variable's constraint, if any.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(1, kernel_constraint="non_neg")
+    >>> layer.build((1, 1))
+    >>> _ = layer.kernel.assign([[-1.0]])
+    >>> constrain(updates.strategy(), layer.kernel)
+    >>> float(layer.kernel.numpy().item())
+    0.0
+    """
+    constraint = getattr(variable, "constraint", None)
+    if constraint is not None:
+        updates.update(strategy, variable, lambda v: v.assign(constraint(v)))
+
+
+def _advance_nadam(strategy, nadam):
+    """Advances the one variable of Nadam that serves all weights.
+
+    u <- u beta_1 (1 - 0.96^(t+1) / 2)
+    """
+    step = tf.cast(nadam.iterations.value + 1, nadam._u_product.dtype)
+    factor = 1 - 0.5 * 0.96**step
+    updates.update(
+        strategy,
+        nadam._u_product,
+        lambda u, x: u.assign(u * nadam.beta_1 * x),  # In the order of Keras.
+        factor,
+    )

@@ -1,0 +1,156 @@
+"""Executions: what `fit`, `evaluate` and `train_on_batch` call.
+
+One *step* takes one batch: every replica computes on its part of it. One
+*execution* is up to `steps_per_execution` steps in one call from Python. The
+loop over the steps is in `Executor._execute`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_adascale.training import microbatches
+
+
+class Executor:
+    """Function of an iterator of batches that returns the last step's outputs.
+
+    Keras calls it in place of its own train and test functions.
+
+    Args:
+        step: callable of a replica's batch, once per replica, that returns
+            nested numbers or tensors, such as a dict of metrics.
+        strategy: `tf.distribute.Strategy` of the replicas.
+        steps_per_execution: int >= 1, steps per call.
+        run_eagerly: bool, whether not to compile to graphs.
+
+    Example:
+
+    >>> double = Executor(
+    ...     lambda batch: {"double": 2.0 * batch},
+    ...     strategy=tf.distribute.get_strategy(), steps_per_execution=2)
+    >>> dataset = tf.data.Dataset.from_tensor_slices([1.0, 2.0, 3.0])
+    >>> iterator = iter(dataset)
+    >>> [float(double(iterator)["double"]) for _ in range(2)]
+    [4.0, 6.0]
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any], Any],
+        *,
+        strategy: tf.distribute.Strategy,
+        steps_per_execution: int = 1,
+        run_eagerly: bool = False,
+    ):
+        self._step_of_replica = step
+        self._strategy = strategy
+        self._steps_per_execution = steps_per_execution
+        if not run_eagerly:
+            options = {"autograph": False, "reduce_retracing": True}
+            if strategy.num_replicas_in_sync == 1:
+                # Traced once, for the two calls in `_execute`. Under several
+                # replicas a function inside a tf.cond loses its placeholders.
+                self._step = tf.function(self._step, **options)
+            self._execute = tf.function(self._execute, **options)
+            self._execute_on = tf.function(self._execute_on, **options)
+
+    def __call__(self, iterator):
+        """Takes the steps; returns their last outputs, means over replicas.
+
+        Raises:
+            ValueError: if micro-batches do not divide a batch.
+            tf.errors.OutOfRangeError, StopIteration: if no batch is left.
+        """
+        try:
+            if hasattr(iterator, "get_next_as_optional"):
+                return self._execute(iterator)
+            # A Python iterator, of train_on_batch and test_on_batch.
+            outputs = {}
+            for _, batch in zip(range(self._steps_per_execution), iterator):
+                outputs = self._execute_on(batch)
+            return outputs
+        except tf.errors.InvalidArgumentError as error:
+            uneven = microbatches.uneven_error(error)
+            if uneven is None:
+                raise
+            raise uneven from error
+
+    def _execute(self, iterator):
+        """Takes the steps of one execution, fewer where the data end."""
+        # The first step, outside the loop, raises if there is no batch, and
+        # gives the types of the loop's variables.
+        outputs = self._step(iterator.get_next())
+        if self._steps_per_execution == 1:
+            return self._mean(outputs)
+
+        def is_due(steps, has_batch, _):
+            return has_batch & (steps < self._steps_per_execution)
+
+        def take(steps, _, outputs):
+            batch = iterator.get_next_as_optional()
+            outputs = tf.cond(
+                batch.has_value(),
+                lambda: self._step(batch.get_value()),
+                lambda: outputs,
+            )
+            return steps + 1, batch.has_value(), outputs
+
+        _, _, outputs = tf.while_loop(
+            is_due, take, (1, tf.constant(True), outputs)
+        )
+        return self._mean(outputs)
+
+    def _execute_on(self, batch):
+        """Takes one step."""
+        return self._mean(self._step(batch))
+
+    def _step(self, batch):
+        """Takes one step on all replicas; returns their outputs."""
+
+        def step(batch):
+            # Keras 3.10 run eagerly returns floats, of which there is no mean.
+            return map_present(
+                tf.convert_to_tensor, self._step_of_replica(batch)
+            )
+
+        return self._strategy.run(step, args=(without_optionals(batch),))
+
+    def _mean(self, outputs):
+        """Returns the means of outputs over the replicas."""
+        return map_present(
+            lambda value: self._strategy.reduce("MEAN", value, axis=None),
+            outputs,
+        )
+
+
+def map_present(function, structure):
+    """Returns nested values, each but None replaced by a function of it.
+
+    Example:
+
+    >>> map_present(abs, {"x": -1, "sample_weight": None})
+    {'x': 1, 'sample_weight': None}
+    """
+    return keras.tree.map_structure(
+        lambda value: None if value is None else function(value), structure
+    )
+
+
+def without_optionals(batch):
+    """Returns a batch with None where Keras 3.15 has an empty Optional.
+
+    Example:
+
+    >>> empty = tf.experimental.Optional.empty(tf.TensorSpec([]))
+    >>> without_optionals((1, empty))
+    (1, None)
+    """
+    return map_present(
+        lambda value: (
+            None if isinstance(value, tf.experimental.Optional) else value
+        ),
+        batch,
+    )

@@ -1,0 +1,350 @@
+"""A `keras.Model` whose training works under every strategy.
+
+Under strategies where `keras.Model` fails, this one
+
+* takes several gradient samples per replica and step (`microbatches`) and
+  reduces once, unconditionally;
+* compiles each replica's forward and backward pass with XLA and keeps the
+  collectives outside (`jit_compile`);
+* loops over batches around `strategy.run` (`steps_per_execution`);
+* builds from one worker's part of a batch, and reduces over all workers.
+
+Relies on what Keras models do not document. Checked on Keras 3.10 to 3.15,
+these are
+
+    Functional               the class of models made from inputs and outputs
+    _maybe_symbolic_build    builds a model from an iterator's first batch
+    _symbolic_build          builds a model from a batch
+    _distribute_strategy     the strategy the model was made under, or None
+    _loss_tracker            the metric `loss`
+    _keras_mask              the mask of a tensor; compiled metrics look for it
+"""
+
+import contextlib
+from typing import Any, Literal
+
+import keras
+import tensorflow as tf
+from keras.src.models.functional import Functional
+
+from tf_adascale.distribute import updates, workers
+from tf_adascale.ops import _arguments
+from tf_adascale.optimizers import wrapper
+from tf_adascale.training import executor, microbatches
+
+
+class Model(keras.Model):
+    """`keras.Model` that trains with micro-batches and under every strategy.
+
+    Made from inputs and outputs, or subclassed with a `call`, like
+    `keras.Model`; `fit`, `evaluate`, `predict` and saving are Keras's.
+
+    Example:
+
+    >>> inputs = keras.Input((4,))
+    >>> model = Model(inputs, keras.layers.Dense(1)(inputs))
+    >>> model.compile("sgd", "mse", microbatches=2)
+    >>> x, y = tf.ones((8, 4)), tf.ones((8, 1))
+    >>> history = model.fit(x, y, batch_size=4, verbose=0)
+    >>> model.microbatches
+    2
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Model":
+        """Returns a functional model where inputs and outputs are given."""
+        if cls is Model and _is_functional(args, kwargs):
+            cls = FunctionalModel
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        if _is_functional(args, kwargs):
+            if not isinstance(self, Functional):
+                _make_functional(type(self))
+            Functional.__init__(self, *args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
+        self.microbatches = 1
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | Literal["auto"] = "auto",
+        auto_scale_loss: bool = True,
+        *,
+        microbatches: int = 1,
+    ) -> None:
+        """Configures training as `keras.Model` does, with micro-batches.
+
+        Args:
+            optimizer: as for `keras.Model`.
+            loss: as for `keras.Model`.
+            loss_weights: as for `keras.Model`.
+            metrics: as for `keras.Model`.
+            weighted_metrics: as for `keras.Model`.
+            run_eagerly: as for `keras.Model`.
+            steps_per_execution: as for `keras.Model`.
+            jit_compile: bool or "auto". True compiles each replica's forward
+                and backward pass and squared norm in training by XLA, under
+                every strategy. "auto" leaves it off under a strategy.
+            auto_scale_loss: as for `keras.Model`, except that under the policy
+                "mixed_float16" the `LossScaleOptimizer` goes inside AdaScale,
+                which looks for overflows on every replica.
+            microbatches: int >= 1, k, which must divide each replica's batch.
+                The batch is split in k parts. Each part is one gradient sample
+                with its own batch statistics, and the mean of their gradients
+                is applied. A loss that Keras averages over weights or masks is
+                averaged within each part.
+
+        Raises:
+            ValueError: if `microbatches` is not an int >= 1.
+        """
+        _arguments.integer(
+            "microbatches",
+            microbatches,
+            meaning="the gradient samples that each replica takes per step",
+        )
+        optimizer = keras.optimizers.get(optimizer)
+        is_wrapper = isinstance(optimizer, wrapper.Wrapper)
+        super().compile(
+            optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss and not is_wrapper,
+        )
+        self.microbatches = microbatches
+        if is_wrapper:
+            optimizer.microbatches = microbatches
+            if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
+                optimizer.add_loss_scale()
+        self._compute = self._gradients
+        if self.jit_compile:
+            self._compute = tf.function(
+                self._gradients,
+                autograph=False,
+                jit_compile=True,
+                reduce_retracing=True,
+            )
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Returns the arguments of `compile`, serialized."""
+        config = super().get_compile_config()
+        return {**config, "microbatches": self.microbatches} if config else {}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles the model with what `get_compile_config` returned."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def load_weights(self, filepath: Any, **kwargs: Any) -> None:
+        """Loads the weights, and the optimizer's state if the file has it."""
+        optimizer = getattr(self, "optimizer", None)
+        if self.built and optimizer is not None and not optimizer.built:
+            with self.distribute_strategy.scope():
+                optimizer.build(self.trainable_variables)
+        super().load_weights(filepath, **kwargs)
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """Trains as `keras.Model.fit` does; only the chief shows progress.
+
+        Raises:
+            tf.errors.UnavailableError: if another worker is lost.
+        """
+        with self._among_workers(args, kwargs, place_of_verbose=4):
+            return super().fit(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as `keras.Model.evaluate` does; see `fit`."""
+        with self._among_workers(args, kwargs, place_of_verbose=3):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predicts as `keras.Model.predict` does; see `fit`."""
+        with self._among_workers(args, kwargs, place_of_verbose=2):
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _among_workers(self, args, kwargs, *, place_of_verbose):
+        strategy = self.distribute_strategy
+        if not workers.is_chief(strategy) and len(args) <= place_of_verbose:
+            kwargs.setdefault("verbose", 0)
+        try:
+            yield
+        except tf.errors.OpError as error:
+            lost = workers.lost_worker_error(strategy, error)
+            if lost is None:
+                raise
+            raise lost from error
+
+    # One step of one replica.
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Takes one training step on a replica's batch; returns the metrics."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        parts = x, y, sample_weight
+        if self.microbatches > 1:
+            parts = executor.map_present(
+                lambda v: microbatches.split(v, self.microbatches), parts
+            )
+        gradients, sqnorm, loss, (y_pred, masks) = self._compute(*parts)
+        _put_masks(y_pred, masks)
+        self._loss_tracker.update_state(loss, sample_weight=_length(x))
+        statistics = {} if sqnorm is None else {"sample_sqnorm_sum": sqnorm}
+        self.optimizer.apply(gradients, self.trainable_variables, **statistics)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _gradients(self, x, y, sample_weight):
+        """Runs a replica's forward and backward pass.
+
+        Args:
+            x: inputs; several micro-batches are split along a new first axis.
+            y: targets, likewise.
+            sample_weight: weights or None, likewise.
+
+        Returns:
+            A tuple of the mean of the samples' gradients, or what the optimizer
+            merges them to; the sum of their squared norms, or None if the
+            optimizer does not need it; the mean loss; and a tuple of the
+            predictions for the whole batch and their masks.
+        """
+        count = self.microbatches
+        if count == 1:
+            return self._sample(x, y, sample_weight)
+
+        def sample(*part):
+            gradients, sqnorm, loss, outputs = self._sample(*part)
+            dense = [
+                None if g is None else tf.ensure_shape(g, v.shape)
+                for g, v in zip(gradients, self.trainable_variables)
+            ]
+            return dense, [sqnorm, loss], outputs
+
+        merge = getattr(self.optimizer, "merge_samples", None)
+        gradients, (sqnorm, loss), outputs = microbatches.summed(
+            sample, [x, y, sample_weight], count, merge=merge
+        )
+        if merge is None:
+            gradients = [None if g is None else g / count for g in gradients]
+        return gradients, sqnorm, loss / count, outputs
+
+    def _sample(self, x, y, sample_weight):
+        """Returns `_gradients` for one gradient sample."""
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight
+            )
+            scaled_loss = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, self.trainable_variables)
+        sqnorm = None
+        if getattr(self.optimizer, "needs_sample_sqnorms", False):
+            sqnorm = self.optimizer.sample_sqnorm(
+                gradients, self.trainable_variables
+            )
+        # Keras divided the loss by the number of replicas.
+        num_replicas = self.distribute_strategy.num_replicas_in_sync
+        outputs = y_pred, keras.tree.map_structure(_mask, y_pred)
+        return gradients, sqnorm, loss * num_replicas, outputs
+
+    # Executions: steps of all replicas.
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Returns the function of an iterator that takes the training steps."""
+        if force or self.train_function is None:
+            self.train_function = self._executor(self.train_step)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """Returns the function of an iterator that takes the test steps."""
+        if force or self.test_function is None:
+            self.test_function = self._executor(self.test_step)
+        return self.test_function
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """Returns the function of a list of batches that predicts them."""
+        jit_compile = self.jit_compile
+        # Keras 3.10 compiles the replicas of a strategy as one XLA program,
+        # which cannot reach the weights on other devices.
+        self.jit_compile = jit_compile and self._distribute_strategy is None
+        super().make_predict_function(force=force)
+        self.jit_compile = jit_compile
+        return self.predict_function
+
+    def _executor(self, step):
+        return executor.Executor(
+            step,
+            strategy=self.distribute_strategy,
+            steps_per_execution=self.steps_per_execution,
+            run_eagerly=self.run_eagerly,
+        )
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Builds an unbuilt model from one replica's part of a batch."""
+        strategy = self.distribute_strategy
+        deferred = self.built or self.microbatches == 1
+        if self._distribute_strategy is None and deferred:
+            return
+        if iterator is not None:
+            *_, batches = next(iter(iterator))
+            data_batch = executor.without_optionals(next(batches))
+        with strategy.scope():
+            self._symbolic_build(
+                data_batch=executor.map_present(
+                    lambda v: updates.local(strategy, v), data_batch
+                )
+            )
+
+
+class FunctionalModel(Model, Functional):
+    """A `Model` made from inputs and outputs."""
+
+
+keras.saving.register_keras_serializable("tf_adascale", "Model")(
+    FunctionalModel
+)
+
+
+def _is_functional(args, kwargs):
+    """Returns whether `Model` is called with inputs and outputs."""
+    names = ("inputs", "outputs")[len(args) :]
+    return len(args) <= 2 and all(name in kwargs for name in names)
+
+
+def _make_functional(cls):
+    """Makes a subclass of `Model` a subclass of `FunctionalModel`.
+
+    Keras does the same to subclasses of `keras.Model`. Doing it to `Model`
+    itself would break every subclass that has a `call`.
+    """
+    cls.__bases__ = tuple(
+        FunctionalModel if base is Model else base for base in cls.__bases__
+    )
+    for base in cls.__bases__:
+        if issubclass(base, Model) and not issubclass(base, Functional):
+            _make_functional(base)
+
+
+def _mask(tensor):
+    return getattr(tensor, "_keras_mask", None)
+
+
+def _put_masks(tensors, masks):
+    """Puts masks back on tensors, because a `tf.function` drops them."""
+    for tensor, mask in zip(tf.nest.flatten(tensors), tf.nest.flatten(masks)):
+        if mask is not None:
+            tensor._keras_mask = mask
+
+
+def _length(x):
+    return tf.shape(next(v for v in keras.tree.flatten(x) if v is not None))[0]
