@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 SHELL := bash
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-PYTEST := -m pytest --numprocesses 2
+PYTEST := -m pytest --numprocesses 2 --dist worksteal
 TESTS := --ignore tests/tpu
 SOURCES := $(wildcard tf_adascale tests examples benchmarks setup.py)
 

@@ -149,22 +149,36 @@ def test_public_functions_are_annotated(path):
     assert not lacking, f"{path} lacks annotations: {lacking}"
 
 
-def _message(call):
+def _message(call, constants):
     """Returns a call's text, with {} for what is formatted into it."""
     parts = []
     for argument in call.args[:1]:
-        values = getattr(argument, "values", [argument])
-        parts += [getattr(value, "value", "") for value in values]
-    return "".join(p if isinstance(p, str) else "{}" for p in parts)
+        for part in getattr(argument, "values", [argument]):
+            value = getattr(part, "value", "")
+            value = constants.get(getattr(value, "id", None), value)
+            parts.append(value if isinstance(value, str) else "{}")
+    return "".join(parts)
+
+
+def _constants(tree):
+    """Returns the values of a module's constants, by name."""
+    return {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 @pytest.mark.parametrize("path", sources.LIBRARY)
 def test_errors_name_the_argument_and_what_was_received(path):
+    constants = _constants(sources.tree(path))
     for node in ast.walk(sources.tree(path)):
         is_call = isinstance(node, ast.Call)
         if is_call and sources.dotted(node.func) == "ValueError":
-            sentences = re.split("[.?] ", _message(node))
-            assert re.search("`.+` must ", sentences[0]), (
+            sentences = re.split("[.?] ", _message(node, constants))
+            assert re.search("`.+`.* must ", sentences[0]), (
                 f"{path}:{node.lineno}: the first sentence of a ValueError "
                 "names the argument in backticks, and says what it must be."
             )

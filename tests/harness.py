@@ -53,7 +53,7 @@ def _mirrored(num_replicas):
 # Variables and their state.
 
 
-def variables(values, dtype=None):
+def variables(values, dtype="float32"):
     """Returns Keras variables `weight_0`, `weight_1`, ... of these values."""
     return [
         keras.Variable(value, dtype=dtype, name=f"weight_{number}")
@@ -150,7 +150,7 @@ class Run:
         make: function of no argument that returns an optimizer.
         values: list of arrays to start from.
         microbatches: int, k.
-        dtype: string, of the weights, or None for that of `values`.
+        dtype: string, of the weights.
         graph: bool, whether to step in a `tf.function`. Tracing takes as long
             as many steps without.
     """
@@ -162,7 +162,7 @@ class Run:
         values=None,
         *,
         microbatches=1,
-        dtype=None,
+        dtype="float32",
         graph=False,
     ):
         self.strategy = strategy_of(num_replicas)

@@ -8,7 +8,7 @@ a later version says that Keras has been repaired.
 All train one weight vector w on the loss mean(x . w), whose gradient is mean(x)
 over the batch, at rate 1 from w = 0: after one step w = -mean(x).
 
-The first fact, K1, needs several processes: see `multiworker_test.py`.
+The first fact, K1, needs several processes: see `processes/multiworker_test.py`.
 """
 
 import functools
@@ -19,37 +19,22 @@ import pytest
 import tensorflow as tf
 
 import tf_adascale
+from tests import harness
 
 # Sixteen rows whose mean is (0.5, 1); all sums are exact in float32.
 ROWS = np.array([[0, 0], [1, 1], [0, 1], [1, 2]] * 4, "float32")
 MEAN = np.array([0.5, 1.0], "float32")
 
 
-def mean_of_outputs(y_true, y_pred):
-    del y_true
-    return y_pred
-
-
-def linear(model_class, optimizer, **compiled):
-    """Returns a compiled model of one weight vector."""
-    inputs = keras.Input((2,))
-    outputs = keras.layers.Dense(
-        1, use_bias=False, kernel_initializer="zeros", name="linear"
-    )(inputs)
-    model = model_class(inputs, outputs)
-    model.compile(optimizer, mean_of_outputs, **compiled)
-    return model
-
-
 def fitted(strategy, model_class, make_optimizer, rows, *, batch, **compiled):
     """Returns a model trained for one epoch, and its weight vector."""
     with strategy.scope():
-        model = linear(model_class, make_optimizer(), **compiled)
+        model = harness.linear_model(model_class, make_optimizer(), **compiled)
     targets = np.zeros((len(rows), 1), "float32")
     dataset = tf.data.Dataset.from_tensor_slices((rows, targets)).batch(
         batch, drop_remainder=True
     )
-    model.fit(dataset, verbose=0, shuffle=False)
+    harness.fit(model, dataset)
     return model, model.get_weights()[0].ravel()
 
 
@@ -99,7 +84,7 @@ class TestK2StepsPerExecution:
             batch=4,
             steps_per_execution=4,
         )
-        assert int(tf.convert_to_tensor(model.optimizer.iterations)) == 4
+        assert harness.iterations(model) == 4
         if make_optimizer is sgd:
             # Four steps, each by the mean of ROWS.
             np.testing.assert_array_equal(weights, -4 * MEAN)
@@ -198,9 +183,9 @@ class TestK6NoGradient:
                 1, use_bias=False, kernel_initializer="ones"
             )(inputs)
             model = model_class(inputs, [used, unused])
-            model.compile(make_optimizer(), [mean_of_outputs, None])
+            model.compile(make_optimizer(), [harness.mean_of_outputs, None])
         targets = np.zeros((len(ROWS), 1), "float32")
-        model.fit(ROWS, [targets, targets], batch_size=16, verbose=0)
+        harness.fit(model, ROWS, [targets, targets], batch_size=16)
         return [weight.ravel() for weight in model.get_weights()]
 
     def test_keras_warns_with_what_is_no_category(self):

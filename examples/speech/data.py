@@ -199,27 +199,31 @@ def recordings(*parts):
     Returns:
         list of dicts with "speech" (int16 samples), "text" and "speaker_id".
     """
+    return [record for part in parts for record in _recordings(part)]
+
+
+@functools.cache
+def _recordings(part):
+    number = list(SPEAKERS).index(part)
     found = []
-    for part in parts:
-        number = list(SPEAKERS).index(part)
-        for index in range(SPEAKERS[part]):
-            generator = np.random.default_rng([number, index])
-            speaker = synthesizer.speaker(generator)
-            for _ in range(RECORDINGS_PER_SPEAKER):
-                words = generator.choice(
-                    list(synthesizer.WORDS),
-                    generator.integers(1, MOST_WORDS, endpoint=True),
-                )
-                speech = synthesizer.speak(
-                    words, speaker=speaker, generator=generator
-                )
-                found.append(
-                    {
-                        "speech": speech,
-                        "text": " ".join(words),
-                        "speaker_id": f"{part}-{index}",
-                    }
-                )
+    for index in range(SPEAKERS[part]):
+        generator = np.random.default_rng([number, index])
+        speaker = synthesizer.speaker(generator)
+        for _ in range(RECORDINGS_PER_SPEAKER):
+            words = generator.choice(
+                list(synthesizer.WORDS),
+                generator.integers(1, MOST_WORDS, endpoint=True),
+            )
+            speech = synthesizer.speak(
+                words, speaker=speaker, generator=generator
+            )
+            found.append(
+                {
+                    "speech": speech,
+                    "text": " ".join(words),
+                    "speaker_id": f"{part}-{index}",
+                }
+            )
     return found
 
 

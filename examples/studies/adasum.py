@@ -12,7 +12,7 @@ Command:  python -m examples.studies.adasum --out=out/adasum_study
           python -m examples.studies.adasum --tune --out=out/adasum_tune
 Hardware: 2 CPU cores
 Time:     20 minutes per seed; the same command resumes a run that was stopped
-Metric:   accuracy on the test split: see examples/README.md
+Metric:   accuracy on the test split: see docs/adasum.md
 """
 
 import argparse

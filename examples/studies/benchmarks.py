@@ -9,9 +9,9 @@ Command:  python -m examples.studies.benchmarks --out=out/study
           python -m examples.studies.benchmarks cifar10 --seeds=0,1,2
           python -m examples.studies.benchmarks adamw --out=out/adamw
 Hardware: 2 CPU cores
-Time:     see examples/README.md; the same command resumes a run that was
+Time:     see docs/results.md; the same command resumes a run that was
           stopped
-Metric:   see examples/README.md
+Metric:   see docs/results.md
 """
 
 import argparse

@@ -13,7 +13,7 @@ Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
 Command:  python -m examples.studies.digits_elastic --out=out/digits_elastic
 Hardware: 2 CPU cores
 Time:     3 minutes; the same command resumes a run that was stopped
-Metric:   accuracy on the test split: see README.md
+Metric:   accuracy on the test split: see docs/workers_and_failures.md
 """
 
 import argparse

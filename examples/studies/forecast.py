@@ -12,7 +12,7 @@ Command:  python -m examples.studies.forecast --seeds=0,1,2
 Hardware: 2 CPU cores
 Time:     6 minutes of processor time per seed; the same command resumes a run
           that was stopped
-Metric:   (forecast - iterations) / iterations: see examples/README.md
+Metric:   (forecast - iterations) / iterations: see docs/forecast.md
 """
 
 import argparse

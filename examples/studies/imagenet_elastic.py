@@ -7,9 +7,9 @@ Paper:    Johnson et al., "AdaScale SGD: A User-Friendly Algorithm for
           Distributed Training", ICML 2020, Figure 4 and Table 2, Elastic
 Command:  python -m examples.studies.imagenet_elastic --out=out/elastic
 Hardware: 2 CPU cores
-Time:     see examples/README.md; the same command resumes a run that was
+Time:     see docs/results.md; the same command resumes a run that was
           stopped
-Metric:   accuracy on the test split: see examples/README.md
+Metric:   accuracy on the test split: see docs/results.md
 """
 
 import argparse

@@ -16,7 +16,7 @@ Command:  python -m examples.transformer.train --optimizer=adamw \
               --algorithm=adamscale --scale=32
 Hardware: 2 CPU cores
 Time:     1.5 minutes; 52 seconds with --algorithm=identity --scale=1
-Metric:   BLEU on the test split: see examples/README.md
+Metric:   BLEU on the test split: see docs/results.md
 
 Full size, the paper's model and data:
 

@@ -10,7 +10,7 @@ Hardware: 2 CPU cores
 Time:     10 minutes on a busy machine; 50 seconds with --algorithm=identity
           --scale=1 on an idle one
 Metric:   map on the test split: mean average precision at an overlap of 0.5, as
-          defined by VOC 2007; see examples/README.md
+          defined by VOC 2007; see docs/results.md
 
 Full size, the paper's model and data:
 

@@ -1,7 +1,7 @@
 """Writes tiny genuine datasets of tensorflow-datasets.
 
-The stock builder writes them: real TFRecord files, feature specs, splits and
-slices, with nothing replaced but the examples themselves.
+The stock builder writes real TFRecord files, feature specs, splits and slices.
+Only the examples are replaced.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ def prepare(name, data_dir, splits):
     """Writes a dataset.
 
     Args:
-        name: str, of the builder: "cifar10", "voc/2007".
-        data_dir: path to write it under.
+        name: str, of the builder, for example "cifar10" or "voc/2007".
+        data_dir: path, directory to write to.
         splits: dict from the name of a split to a list of (key, example).
     """
     builder = tfds.builder(name, data_dir=str(data_dir))

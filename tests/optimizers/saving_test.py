@@ -62,7 +62,7 @@ STATE = {
     ],
     "differenced": [*SCALARS, "previous_gradient", "seen_steps", "momentum"],
     "adamscale": [*SCALARS, "learning_rate", "momentum", "velocity"],
-    "adasum": ["learning_rate", "momentum", "velocity", "product"],
+    "adasum": ["learning_rate", "momentum", "velocity"],
 }
 
 
@@ -135,6 +135,19 @@ def test_names_in_files_stay():
     for cls in (AdaScale, AdamScale, Adasum):
         name = keras.saving.get_registered_name(cls)
         assert name == f"tf_adascale>{cls.__name__}"
+    # The variables go by their number.
+    optimizer = make(OPTIMIZERS["differenced"]).optimizer
+    own = optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
+    names = [variable.name for variable in own]
+    assert names == [
+        *("iteration", "skipped_steps"),
+        *SCALARS,
+        *(
+            f"{v.name}_previous_gradient"
+            for v in optimizer._trainable_variables
+        ),
+        "seen_steps",
+    ]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -167,20 +180,10 @@ class TestEveryVariable:
         loaded.optimizer.build(loaded.trainable_variables)
         assert_same_state(loaded, model)
 
-    def test_and_a_rate_that_was_set(self, kind, tmp_path):
-        model = make(OPTIMIZERS["adamscale"])
-        model.optimizer.learning_rate = 0.003
-        path = save(model, tmp_path, kind)
-        loaded = restored(path, kind, lambda: make(OPTIMIZERS["adamscale"]))
-        assert float(loaded.optimizer.learning_rate) == np.float32(0.003)
-        # The gain is 1 before the first step.
-        rate = float(loaded.optimizer.effective_learning_rate)
-        assert rate == np.float32(0.003)
-
     @pytest.mark.parametrize(
         "source, target",
         # Replicas and micro-batches of the run that is saved and the next.
-        [((4, 2), (8, 1)), ((4, 2), (1, 3)), ((1, 3), (2, 2))],
+        [((4, 2), (1, 3)), ((1, 3), (4, 1))],
         ids=str,
     )
     def test_goes_to_another_number_of_replicas(
@@ -356,23 +359,24 @@ class TestStateOfAnotherModel:
         # TensorFlow's own messages: it knows names and shapes only.
         model = self.momentum()
         checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-        plain = make(sgd, microbatches=1)
+        plain = make(lambda: keras.optimizers.SGD(schedule()), microbatches=1)
         path = save(plain, tmp_path, "checkpoint")
         with pytest.raises(AssertionError):
             checkpoint.restore(path).assert_existing_objects_matched()
-        path = save(make(units=5), tmp_path, "checkpoint")
+        wider = make(lambda: AdaScale(sgd()), units=5)
+        path = save(wider, tmp_path, "checkpoint")
         with pytest.raises(ValueError, match="incompatible"):
             checkpoint.restore(path)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_compiled_model_may_be_served(jit_compile, tmp_path):
+def test_a_compiled_model_may_be_served(tmp_path):
     model = make()
-    model.compile(everything(), "mse", microbatches=2, jit_compile=jit_compile)
+    model.compile(everything(), "mse", microbatches=2, jit_compile=True)
     x, y = harness.regression(4)
     model.train_on_batch(x, y)
     model.export(tmp_path / "exported", verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "exported")).serve(x)
+    loaded = tf.saved_model.load(str(tmp_path / "exported"))
+    served = loaded.serve(x)
     np.testing.assert_allclose(served, model(x), rtol=1e-6, atol=1e-6)
     tf.saved_model.save(model, str(tmp_path / "saved"))
     loaded = tf.saved_model.load(str(tmp_path / "saved"))

@@ -70,9 +70,9 @@ def float64(value):
     return tf.constant(value, tf.float64)
 
 
-def exact_gain(sqnorm, scale, variance=VARIANCE):
+def exact_gain(sqnorm, scale):
     """Equation (3), from E[mu^2] and sigma^2."""
-    moments = Moments(float64(variance), float64(sqnorm))
+    moments = Moments(float64(VARIANCE), float64(sqnorm))
     return float(gain_ops.ratio(moments, scale=scale))
 
 
@@ -186,10 +186,6 @@ class TestProposition1:
     def test_weights_are_equal_to_the_bit(self, scale):
         np.testing.assert_array_equal(self.train(scale), self.train(1))
 
-    @pytest.mark.parametrize("scale", [1, 3, 100, 1e6])
-    def test_exact_gain_is_1(self, scale):
-        assert exact_gain(0.3, scale, variance=0.0) == 1.0
-
 
 class TestProposition2:
     """With variance nu and learning rate 1/nu, linear scaling is exact."""
@@ -239,19 +235,6 @@ class TestProposition2:
         assert abs(scaled - single) < 4 * error
         assert error < 0.02 * single
 
-    def test_gain_goes_to_the_scale(self):
-        # |H w_0|^2 = 1 + 4 + 16 = 21. With variance 0.9 nu:
-        # 8 - r = 7 * 21 / (0.9 nu / 8 + 21), which falls as 1/nu.
-        gaps = [
-            8 - exact_gain(21.0, 8, variance=0.9 * nu)
-            for nu in (1, 100, 10_000, 1_000_000)
-        ]
-        expected = [
-            147 / (0.9 * nu / 8 + 21) for nu in (1, 100, 10_000, 1_000_000)
-        ]
-        np.testing.assert_allclose(gaps, expected, rtol=1e-6)
-        assert gaps[-1] < 0.002
-
 
 class TestTheorem1And2:
     """E F(w_t) <= (1 - gamma)^tau F(w_0) + Delta for every S <= 1 / gamma."""
@@ -265,14 +248,10 @@ class TestTheorem1And2:
         assert objectives[-1] < 0.5 * DELTA
 
     @pytest.mark.parametrize("scale", [1, 4, 16])
-    def test_runs_meet_the_bound_at_every_step(self, scale):
+    def test_runs_meet_the_bound_and_agree_with_their_expectation(self, scale):
         means, errors, taus = sampled_runs(adascale_gain(scale), scale=scale)
         assert np.all(means <= adascale_bound(taus) + 4 * errors)
         assert np.all(errors <= 0.05 * means)
-
-    @pytest.mark.parametrize("scale", [1, 4, 16])
-    def test_runs_agree_with_their_expectation(self, scale):
-        means, errors, taus = sampled_runs(adascale_gain(scale), scale=scale)
         expected, expected_taus = expected_runs(
             adascale_gain(scale), scale=scale
         )
@@ -281,11 +260,6 @@ class TestTheorem1And2:
         assert len(taus) == len(expected_taus)
         np.testing.assert_allclose(taus, expected_taus, rtol=5e-3)
         assert np.all(np.abs(means - expected) <= 4 * errors + 5e-3 * expected)
-
-    def test_scale_1_takes_every_step(self):
-        objectives, taus = expected_runs(adascale_gain(1), scale=1)
-        np.testing.assert_array_equal(taus, np.arange(TOTAL_STEPS + 1))
-        assert len(objectives) == TOTAL_STEPS + 1
 
     def test_larger_scales_need_fewer_steps_but_no_fewer_than_linear(self):
         steps = [
@@ -396,8 +370,9 @@ class TestEstimatedGain:
         return np.array(objectives), np.array(taus)
 
     @pytest.mark.parametrize("smoothing", [None, 0.8])
-    @pytest.mark.parametrize("estimator", ["moments", "ratio"])
-    @pytest.mark.parametrize("scale", [2, 8, 16])
+    @pytest.mark.parametrize(
+        "scale, estimator", [(2, "moments"), (16, "moments"), (8, "ratio")]
+    )
     def test_meets_the_bound(self, scale, estimator, smoothing):
         if smoothing is None:
             smoothing = gain_ops.default_smoothing(scale)

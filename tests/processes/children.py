@@ -20,7 +20,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[2]
 
 # A child trains to its end in some 5 seconds; the machine may be busy.
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 
 _context = multiprocessing.get_context(
     "forkserver" if sys.platform == "linux" else "spawn"

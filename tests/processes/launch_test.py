@@ -4,7 +4,6 @@ import fcntl
 import io
 import json
 import os
-import pathlib
 import queue
 import signal
 import subprocess
@@ -16,14 +15,12 @@ import time
 import pytest
 
 from examples import launch
+from tests.processes import children
 
-ROOT = pathlib.Path(__file__).parent.parent
+# More than any launcher needs on a busy machine, and less than `sleep` takes.
+TIMEOUT_SECONDS = 120
 
-# Longer than any worker needs, and less than those live that must be ended.
-TIMEOUT_SECONDS = 30
-
-# What every worker begins with. A worker of whom another must know what it has
-# done touches a file; `wait` waits for it.
+# What every worker begins with. One touches a file that another waits for.
 PREAMBLE = """
 import json, os, pathlib, signal, subprocess, sys, time
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
@@ -33,29 +30,30 @@ def touch(name):
     pathlib.Path(name).touch()
 
 def wait(name):
-    end = time.monotonic() + 60
-    while not pathlib.Path(name).exists() and time.monotonic() < end:
+    while not pathlib.Path(name).exists():
         time.sleep(0.01)
+
+def sleep():
+    time.sleep(300)
 """
 
 
 class Launcher:
-    """A launcher that runs, of a worker that is written to a directory."""
+    """A launcher of workers that run a script."""
 
     def __init__(
-        self, directory, worker, *flags, command=None, env=None, stdout=None
+        self, directory, worker, *flags, command=None, stdout=None, **variables
     ):
         script = directory / "worker.py"
         script.write_text(PREAMBLE + textwrap.dedent(worker))
-        self._begin = time.monotonic()
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "examples.launch", *flags, "--"),
                 *(command or [str(script)]),
             ],
             cwd=directory,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-            # pytest's own is what a worker should have, not the launcher.
+            env={**os.environ, "PYTHONPATH": str(children.ROOT), **variables},
+            # Not pytest's stdin, which is what a worker gets.
             stdin=subprocess.PIPE,
             stdout=stdout or subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,12 +65,11 @@ class Launcher:
         return sorted(self.process.stdout.readline() for _ in range(count))
 
     def finish(self):
-        """Returns exit code, lines of output and of errors; in time."""
+        """Returns exit code, lines of output and lines of errors."""
         try:
             output, errors = self.process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
             self.process.kill()
-        assert time.monotonic() - self._begin < TIMEOUT_SECONDS
         lines = [(text or "").split("\n") for text in (output, errors)]
         return self.process.returncode, *lines
 
@@ -82,22 +79,17 @@ def of_worker(lines, index):
     return [line[len(prefix) :] for line in lines if line.startswith(prefix)]
 
 
-def test_lines_have_their_workers_number(tmp_path):
+def test_lines_begin_with_their_workers_number(tmp_path):
     worker = r"""
     sys.stdout.write("first\n\n  bar 1\r  bar 2\r\nlast of them")
     sys.stderr.write("wrong\nlast wrong")
     """
     code, output, errors = Launcher(tmp_path, worker, "--workers=3").finish()
     assert code == 0
-    assert len(output) == len(["first", "", "1", "2", "last"]) * 3 + 1
+    lines = ["first", "", "  bar 1", "  bar 2", "last of them"]
+    assert len(output) == 3 * len(lines) + 1
     for index in range(3):
-        assert of_worker(output, index) == [
-            "first",
-            "",
-            "  bar 1",
-            "  bar 2",
-            "last of them",
-        ]
+        assert of_worker(output, index) == lines
         assert of_worker(errors, index) == ["wrong", "last wrong"]
 
 
@@ -138,13 +130,11 @@ def test_two_threads_do_not_mix_their_lines():
     assert sorted(target.getvalue().splitlines()) == ["a", "b"]
 
 
-def test_what_is_not_text_is_shown_all_the_same(tmp_path):
-    # A byte that UTF-8 has not, and a character that ASCII has not.
-    worker = r"""
-    os.write(1, b"\xff \xe2\x94\x81")
-    """
+def test_what_is_not_text_is_shown_escaped(tmp_path):
+    # A byte that is not UTF-8, and a character that is not ASCII.
+    worker = r'os.write(1, b"\xff \xe2\x94\x81")'
     code, output, _ = Launcher(
-        tmp_path, worker, "--workers=1", env={"PYTHONIOENCODING": "ascii"}
+        tmp_path, worker, "--workers=1", PYTHONIOENCODING="ascii"
     ).finish()
     assert code == 0
     assert output == [r"[0] \ufffd \u2501", ""]
@@ -162,81 +152,59 @@ def test_a_module_gets_its_arguments(tmp_path):
     assert output == ["[0] __main__ ['--workers=7', '--', 'x y']", ""]
 
 
-# Fails in the first of two rounds.
-CONFIGURATIONS = """
-print(json.dumps({
-    "config": json.loads(os.environ["TF_CONFIG"]),
-    "kept": os.environ["KEPT"],
-    "unbuffered": os.environ["PYTHONUNBUFFERED"],
-    "group": os.getpgrp() == os.getpid(),
-    "input": os.path.samestat(os.fstat(0), os.stat(os.devnull)),
-}))
-touch(f"printed {index}")
-for other in range(3):
-    wait(f"printed {other}")
-if index == 2 and not pathlib.Path("failed").exists():
-    touch("failed")
-    sys.exit(75)
-"""
-
-
 def test_each_worker_knows_the_cluster_and_its_ports_are_new(tmp_path):
-    launcher = Launcher(
-        tmp_path,
-        CONFIGURATIONS,
-        *("--workers=3", "--max_restarts=1"),
-        env={"KEPT": "kept"},
-    )
-    code, output, _ = launcher.finish()
+    # Fails in the first of two rounds.
+    worker = """
+    print(json.dumps({
+        "config": json.loads(os.environ["TF_CONFIG"]),
+        "kept": os.environ["KEPT"],
+        "unbuffered": os.environ["PYTHONUNBUFFERED"],
+        "group": os.getpgrp() == os.getpid(),
+        "input": os.path.samestat(os.fstat(0), os.stat(os.devnull)),
+    }))
+    touch(f"printed {index}")
+    for other in range(3):
+        wait(f"printed {other}")
+    if index == 2 and not pathlib.Path("failed").exists():
+        touch("failed")
+        sys.exit(75)
+    """
+    code, output, _ = Launcher(
+        tmp_path, worker, "--workers=3", "--max_restarts=1", KEPT="kept"
+    ).finish()
     assert code == 0
     clusters = []
     for index in range(3):
         rounds = [json.loads(line) for line in of_worker(output, index)]
-        for each in rounds:
-            assert each["config"]["task"] == {"type": "worker", "index": index}
-            assert each["kept"] == "kept"
-            assert each["unbuffered"] == "1"
-            assert each["group"]
-            assert each["input"]
-        clusters.append([each["config"]["cluster"] for each in rounds])
-    assert clusters[0] == clusters[1] == clusters[2]
-    ports = []
-    for cluster in clusters[0]:
-        assert set(cluster) == {"worker"}
-        hosts, found = zip(*(a.split(":") for a in cluster["worker"]))
-        assert hosts == ("127.0.0.1",) * 3
-        assert len(set(found)) == 3
-        ports.append(found)
-    first, second = ports
+        clusters.append([each["config"].pop("cluster") for each in rounds])
+        task = {"task": {"type": "worker", "index": index}}
+        others = {"unbuffered": "1", "group": True, "input": True}
+        assert rounds == [{"config": task, "kept": "kept", **others}] * 2
+    first, second = clusters[0]
+    assert clusters == [[first, second]] * 3
     assert first != second
+    for cluster in (first, second):
+        (addresses,) = cluster.values()
+        assert list(cluster) == ["worker"]
+        assert {each.partition(":")[0] for each in addresses} == {"127.0.0.1"}
+        assert len(set(addresses)) == 3
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "said"),
+    ("number", "name"),
     [
-        ("pass", 0, None),
-        ("sys.exit(3)", 3, "worker 1 ended with exit code 3"),
-        (
-            "os.kill(os.getpid(), signal.SIGKILL)",
-            128 + 9,
-            "worker 1 was ended by signal 9 (Killed)",
-        ),
-        (
-            "os.kill(os.getpid(), signal.SIGRTMIN + 1)",
-            128 + signal.SIGRTMIN + 1,
-            f"worker 1 was ended by signal {signal.SIGRTMIN + 1} ",
-        ),
+        (signal.SIGKILL, "signal 9 (Killed)"),
+        (signal.SIGRTMIN + 1, f"signal {signal.SIGRTMIN + 1} ("),
     ],
 )
-def test_exit_code(tmp_path, ending, code, said):
+def test_a_worker_that_a_signal_ended(tmp_path, number, name):
     worker = f"""
     if index == 1:
-        {ending}
+        os.kill(os.getpid(), {int(number)})
     """
-    received, _, errors = Launcher(tmp_path, worker).finish()
-    assert received == code
-    own = [line for line in errors if line.startswith("launch: ")]
-    assert own[-1].startswith(f"launch: {said}") if said else not own
+    code, _, errors = Launcher(tmp_path, worker).finish()
+    assert code == 128 + number
+    assert errors[-2].startswith(f"launch: worker 1 was ended by {name}")
 
 
 def test_a_worker_that_is_done_leaves_the_others_alone(tmp_path):
@@ -255,29 +223,30 @@ def test_a_worker_that_is_done_leaves_the_others_alone(tmp_path):
             time.sleep(0.2)
             print("done too")
     """
-    code, output, _ = Launcher(tmp_path, worker, "--grace_seconds=0").finish()
+    code, output, errors = Launcher(
+        tmp_path, worker, "--grace_seconds=0"
+    ).finish()
     assert code == 0
     assert output == ["[0] done too", ""]
+    assert errors == [""]
 
 
-# Worker 1 fails once the others are there; these end 75 when told to.
-ONE_FAILS = """
-def told(number, frame):
-    print("told", number)
-    sys.exit(75)
+def test_the_first_that_fails_stops_the_others_and_gives_the_code(tmp_path):
+    # The others exit with 75 when they are told.
+    worker = """
+    def told(number, frame):
+        print("told", number)
+        sys.exit(75)
 
-signal.signal(signal.SIGTERM, told)
-touch(f"ready {index}")
-wait("ready 0")
-wait("ready 2")
-if index == 1:
-    sys.exit(5)
-time.sleep(60)
-"""
-
-
-def test_the_first_that_fails_ends_the_others_and_gives_the_code(tmp_path):
-    code, output, errors = Launcher(tmp_path, ONE_FAILS, "--workers=3").finish()
+    signal.signal(signal.SIGTERM, told)
+    touch(f"ready {index}")
+    wait("ready 0")
+    wait("ready 2")
+    if index == 1:
+        sys.exit(5)
+    sleep()
+    """
+    code, output, errors = Launcher(tmp_path, worker, "--workers=3").finish()
     assert code == 5
     assert sorted(output) == ["", "[0] told 15", "[2] told 15"]
     assert errors == [
@@ -287,7 +256,7 @@ def test_the_first_that_fails_ends_the_others_and_gives_the_code(tmp_path):
     ]
 
 
-# A lock that is let go when all have ended who have the file open.
+# A lock that is let go when all processes with the open file have ended.
 HOLDS = """
 import fcntl
 held = open(f"held {index}", "w")
@@ -303,25 +272,25 @@ def wait_for_the_end(directory):
     assert time.monotonic() - begin < TIMEOUT_SECONDS
 
 
-def test_who_does_not_heed_is_killed_and_so_is_what_is_left_behind(tmp_path):
+def test_who_ignores_sigterm_is_killed_with_what_it_started(tmp_path):
     worker = f"""{HOLDS}
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.Popen(
-    [sys.executable, "-c", "import time; time.sleep(60)"],
+    [sys.executable, "-c", "import time; time.sleep(300)"],
     pass_fds=[held.fileno()],
 )
 touch(f"ready {{index}}")
 wait(f"ready {{1 - index}}")
 if index == 1:
     sys.exit(5)
-time.sleep(60)
+sleep()
 """
     code, *_ = Launcher(tmp_path, worker, "--grace_seconds=0.2").finish()
     assert code == 5
     wait_for_the_end(tmp_path)
 
 
-def test_a_worker_that_cannot_be_started_ends_the_others(tmp_path, monkeypatch):
+def test_a_worker_that_cannot_start_ends_the_others(tmp_path, monkeypatch):
     started = []
     start = launch._start
 
@@ -333,7 +302,7 @@ def test_a_worker_that_cannot_be_started_ends_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "_start", start_one)
     script = tmp_path / "worker.py"
-    script.write_text("import time; time.sleep(60)")
+    script.write_text("import time; time.sleep(300)")
     with pytest.raises(OSError, match="no more processes"):
         launch._run([str(script)], 2, 10, queue.SimpleQueue())
     assert started[0].wait(TIMEOUT_SECONDS) == -signal.SIGKILL
@@ -345,7 +314,7 @@ def test_all_that_a_failing_worker_said_is_shown(tmp_path):
         for number in range(5000):
             print(number)
         raise ValueError("the reason")
-    time.sleep(60)
+    sleep()
     """
     code, output, errors = Launcher(tmp_path, worker).finish()
     assert code == 1
@@ -356,7 +325,7 @@ def test_all_that_a_failing_worker_said_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize(("max_restarts", "code"), [(2, 0), (1, 75)])
-def test_all_start_again_as_often_as_is_allowed(tmp_path, max_restarts, code):
+def test_all_restart_as_often_as_is_allowed(tmp_path, max_restarts, code):
     worker = """
     past = pathlib.Path(f"starts {index}")
     starts = 1 + (int(past.read_text()) if past.exists() else 0)
@@ -365,7 +334,7 @@ def test_all_start_again_as_often_as_is_allowed(tmp_path, max_restarts, code):
     touch(f"started {index} {starts}")
     wait(f"started {1 - index} {starts}")
     if starts < 3:
-        sys.exit(75) if index == 1 else time.sleep(60)
+        sys.exit(75) if index == 1 else sleep()
     """
     received, output, errors = Launcher(
         tmp_path, worker, f"--max_restarts={max_restarts}"
@@ -373,8 +342,7 @@ def test_all_start_again_as_often_as_is_allowed(tmp_path, max_restarts, code):
     assert received == code
     starts = [f"start {1 + number}" for number in range(1 + max_restarts)]
     assert of_worker(output, 0) == of_worker(output, 1) == starts
-    again = [line for line in errors if "restarting" in line]
-    assert again == [
+    assert [line for line in errors if "restarting" in line] == [
         "launch: worker 1 ended with exit code 75; restarting all, "
         f"{1 + number} of {max_restarts}"
         for number in range(max_restarts)
@@ -396,7 +364,7 @@ def test_a_signal_is_passed_on_once_and_waited_for(tmp_path, number):
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, told)
     print("ready")
-    time.sleep(60)
+    sleep()
     """
     launcher = Launcher(
         tmp_path, worker, "--grace_seconds=0.1", "--max_restarts=3"
@@ -420,7 +388,7 @@ def test_a_second_signal_kills(tmp_path):
     signal.signal(signal.SIGTERM, lambda number, frame: print("told"))
     print("ready")
     while True:
-        time.sleep(60)
+        sleep()
     """
     launcher = Launcher(tmp_path, worker, "--max_restarts=3")
     launcher.read(2)
@@ -433,8 +401,7 @@ def test_a_second_signal_kills(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path):
-    worker = HOLDS + "print('ready'); time.sleep(60)"
-    launcher = Launcher(tmp_path, worker)
+    launcher = Launcher(tmp_path, HOLDS + "print('ready'); sleep()")
     launcher.read(2)
     launcher.process.kill()
     launcher.finish()

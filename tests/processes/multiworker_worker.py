@@ -1,17 +1,11 @@
-"""One worker of `multiworker_test.py`: trains and prints what came out.
+"""One worker of `multiworker_test`: trains, and prints a JSON object.
 
-    TF_CONFIG=... python multiworker_worker.py
-
-The last line of its output is a JSON object.
+TF_CONFIG=... python multiworker_worker.py
 """
 
 import hashlib
 import json
-import os
 import types
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import keras
 import numpy as np
@@ -38,11 +32,11 @@ def data():
 
 
 def dataset(x, y):
-    """Returns batches; of each, every one of two workers takes one half."""
+    """Returns batches, of each of which every worker takes one half."""
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
 
 
-def compiled(model_class, optimizer, **arguments):
+def compiled(optimizer, *, model_class=tf_adascale.Model, **arguments):
     """Returns a model with the same weights in every process."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3,))
@@ -52,20 +46,19 @@ def compiled(model_class, optimizer, **arguments):
     return model
 
 
-def adascale():
-    """Returns the optimizer that both sides of the comparison use."""
-    return tf_adascale.AdaScale(keras.optimizers.SGD(0.05, momentum=0.9))
+def sgd():
+    """Returns what all wrap."""
+    return keras.optimizers.SGD(0.05, momentum=0.9)
 
 
-def train(strategy, x, y):
-    """Returns a model fitted under a strategy, and what there is to compare."""
+def train(strategy):
+    """Returns a model fitted by AdaScale, and what there is to compare."""
     with strategy.scope():
         model = compiled(
-            tf_adascale.Model,
-            adascale(),
+            tf_adascale.AdaScale(sgd()),
             steps_per_execution=STEPS_PER_EXECUTION,
         )
-    batches = dataset(x, y)
+    batches = dataset(*data())
     history = model.fit(
         batches,
         epochs=EPOCHS,
@@ -76,31 +69,27 @@ def train(strategy, x, y):
     return model, {
         "history": history.history,
         "evaluated": model.evaluate(batches, verbose=0, return_dict=True),
-        "weights": [weight.ravel().tolist() for weight in model.get_weights()],
+        "weights": weights(model),
         "iterations": int(tf.convert_to_tensor(model.optimizer.iterations)),
         "gain": float(model.optimizer.gain),
         "scale_invariant_step": float(model.optimizer.scale_invariant_step),
     }
 
 
-def adasum(strategy, x, y, combine):
-    """Returns the weights after all steps by Adasum, and their digest."""
+def adasum(strategy, combine):
+    """Returns weights and digest of a model fitted by Adasum."""
     with strategy.scope():
-        inner = keras.optimizers.SGD(0.05, momentum=0.9)
-        model = compiled(
-            tf_adascale.Model, tf_adascale.Adasum(inner, combine=combine)
-        )
-    model.fit(dataset(x, y), epochs=EPOCHS, verbose=0, shuffle=False)
-    weights = [weight.tolist() for weight in model.get_weights()]
-    return {"weights": weights, "digest": digest(model)}
+        model = compiled(tf_adascale.Adasum(sgd(), combine=combine))
+    model.fit(dataset(*data()), epochs=EPOCHS, verbose=0, shuffle=False)
+    return {"weights": weights(model), "digest": digest(model)}
 
 
-def stock_error(strategy, x, y):
+def stock_error(strategy):
     """Returns the error of stock Keras's `fit`, or None if there is none."""
     with strategy.scope():
-        model = compiled(keras.Model, "sgd")
+        model = compiled("sgd", model_class=keras.Model)
     try:
-        model.fit(dataset(x, y), verbose=0, shuffle=False)
+        model.fit(dataset(*data()), verbose=0, shuffle=False)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -115,7 +104,7 @@ def counted_dataset(batch_size, *, seed, start, share):
 
 
 def examples_of_a_pass(strategy):
-    """Returns what this worker's replicas see in one pass, step by step."""
+    """Returns the numbers of the examples that this worker sees in one pass."""
     name = types.SimpleNamespace
     distributed = training._distributed(
         name(base_batch=BASE_BATCH, train_dataset=counted_dataset),
@@ -124,36 +113,42 @@ def examples_of_a_pass(strategy):
         name(distribute_strategy=strategy),
     )
     iterator = iter(distributed)
+    steps = [next(iterator)[0] for _ in range(EXAMPLES // (SCALE * BASE_BATCH))]
     return [
-        [
-            part.numpy().tolist()
-            for part in strategy.experimental_local_results(next(iterator)[0])
-        ]
-        for _ in range(EXAMPLES // (SCALE * BASE_BATCH))
+        int(number)
+        for step in steps
+        for part in strategy.experimental_local_results(step)
+        for number in part
     ]
+
+
+def weights(model):
+    """Returns the weights as lists."""
+    return [weight.tolist() for weight in model.get_weights()]
 
 
 def digest(model):
     """Returns a hash of the weights, to the bit."""
-    sha = hashlib.sha256()
-    for weight in model.get_weights():
-        sha.update(weight.tobytes())
-    return sha.hexdigest()
+    return hashlib.sha256(
+        b"".join(weight.tobytes() for weight in model.get_weights())
+    ).hexdigest()
 
 
 def main():
     """Runs one worker."""
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    stock = stock_error(strategy)
+    model, result = train(strategy)
     x, y = data()
-    stock = stock_error(strategy, x, y)
-    model, result = train(strategy, x, y)
-    result = {**result, "stock": stock, "digest": digest(model)}
-    predicted = model.predict(dataset(x, y), verbose=0)
-    result["predicted"] = predicted.ravel().tolist()
-    result["examples"] = examples_of_a_pass(strategy)
-    result["adasum"] = {
-        combine: adasum(strategy, x, y, combine)
-        for combine in ("updates", "gradients")
+    result |= {
+        "stock": stock,
+        "digest": digest(model),
+        "predicted": model.predict(dataset(x, y), verbose=0).tolist(),
+        "examples": examples_of_a_pass(strategy),
+        "adasum": {
+            combine: adasum(strategy, combine)
+            for combine in ("updates", "gradients")
+        },
     }
     # One infinite input, which only the first worker sees.
     x[0] = np.inf

@@ -371,10 +371,7 @@ class TestMicrobatches:
 
     # Of the weight of no use.
     @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
-    @pytest.mark.parametrize("jit_compile", [False, True])
-    def test_dicts_of_inputs_and_outputs_and_a_weight_of_no_use(
-        self, float64, jit_compile
-    ):
+    def test_dicts_of_inputs_and_outputs_and_a_weight_of_no_use(self, float64):
         x, y = data()
         z = x[:, :2] ** 2
 
@@ -399,7 +396,7 @@ class TestMicrobatches:
             loss_weights={"value": 1.0, "square": 0.5},
             metrics={"value": ["mae"]},
             microbatches=2,
-            jit_compile=jit_compile,
+            jit_compile=True,
         )
         inputs = {"x": x, "z": z}
         targets = {"value": y, "square": y**2, "unused": y}
@@ -520,15 +517,13 @@ class TestMicrobatches:
     def test_an_uneven_batch_of_known_size_is_refused(self):
         model = compiled(dense_model, adascale, "mse", microbatches=2)
         before = model.get_weights()
-        dataset = batches(*data(3), 3).repeat().batch(1, drop_remainder=True)
-        dataset = dataset.map(lambda x, y: (x[0], y[0]))
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(-1))
+        dataset = tf.data.Dataset.from_tensor_slices(data(6))
         with harness.refused("`microbatches` must", "batch=3, microbatches=2"):
-            harness.fit(model, dataset, steps_per_epoch=1)
+            harness.fit(model, dataset.batch(3, drop_remainder=True))
         harness.assert_close(model.get_weights(), before, atol=0)
 
     @pytest.mark.parametrize(
-        "num_replicas, steps_per_execution", [(1, 1), (2, 4)]
+        "num_replicas, steps_per_execution", [(1, 4), (2, 1)]
     )
     def test_an_uneven_batch_is_refused_when_it_comes(
         self, num_replicas, steps_per_execution
@@ -585,7 +580,7 @@ class TestReplicas:
 
     @pytest.mark.parametrize(
         "num_replicas, microbatches, jit_compile",
-        [(1, 4, True), (2, 2, False), (2, 2, True), (4, 1, False)],
+        [(1, 4, True), (2, 2, True), (2, 1, False)],
     )
     def test_replicas_and_microbatches_are_all_samples(
         self, num_replicas, microbatches, jit_compile
@@ -621,17 +616,10 @@ class TestReplicas:
         tau = float(model.optimizer.scale_invariant_step)
         assert tau == pytest.approx(progress, rel=1e-5)
 
-    @pytest.mark.parametrize("num_replicas, microbatches", [(1, 4), (2, 2)])
-    def test_the_reported_loss_is_the_mean_over_the_batch(
-        self, num_replicas, microbatches
-    ):
+    def test_the_reported_loss_is_the_mean_over_the_batch(self):
         x, y = data()
         model = compiled(
-            dense_model,
-            sgd,
-            "mse",
-            num_replicas=num_replicas,
-            microbatches=microbatches,
+            dense_model, sgd, "mse", num_replicas=2, microbatches=2
         )
         expected = np.mean((model(x).numpy() - y) ** 2)
         (loss,) = harness.fit(model, batches(x, y)).history["loss"]
@@ -655,8 +643,7 @@ class TestReplicas:
         )
         assert_same_weights(model, stock, atol=1e-6)
 
-    @pytest.mark.parametrize("jit_compile", [False, True])
-    def test_layers_with_a_state(self, jit_compile):
+    def test_layers_with_a_state(self):
         def make_model():
             return dense_model(
                 hidden=[
@@ -672,7 +659,7 @@ class TestReplicas:
             batches(*data(2 * BATCH)),
             num_replicas=2,
             microbatches=2,
-            jit_compile=jit_compile,
+            jit_compile=True,
         )
         assert harness.iterations(model) == 2
         for weight, initial in zip(model.get_weights(), before.get_weights()):
@@ -684,7 +671,6 @@ class TestOtherMethods:
     @pytest.mark.parametrize(
         "num_replicas, arguments",
         [
-            (1, {"jit_compile": True}),
             (2, {"jit_compile": True}),
             (2, {"steps_per_execution": 3}),
             (2, {"run_eagerly": True}),
@@ -714,7 +700,7 @@ class TestOtherMethods:
         )
 
     @pytest.mark.parametrize(
-        "num_replicas, run_eagerly", [(1, False), (2, False), (2, True)]
+        "num_replicas, run_eagerly", [(1, False), (2, True)]
     )
     def test_single_batches(self, num_replicas, run_eagerly):
         x, y = data()
@@ -737,15 +723,14 @@ class TestOtherMethods:
         assert model.train_on_batch(x, y) < first
         assert harness.iterations(model) == 2
 
-    @pytest.mark.parametrize("num_replicas, microbatches", [(1, 1), (2, 2)])
-    def test_run_eagerly_equals_the_graph(self, num_replicas, microbatches):
+    def test_run_eagerly_equals_the_graph(self):
         models = [
             trained(
                 dense_model,
                 adascale,
                 batches(*data(2 * BATCH)),
-                num_replicas=num_replicas,
-                microbatches=microbatches,
+                num_replicas=2,
+                microbatches=2,
                 run_eagerly=run_eagerly,
             )
             for run_eagerly in (False, True)
@@ -855,7 +840,7 @@ class TestWorkers:
         monkeypatch.setattr(workers, "num_workers", lambda strategy: count)
         original = kind(None, None, "gone")
 
-        def lose(*args):
+        def lose(batch, logs=None):
             raise original
 
         loses = keras.callbacks.LambdaCallback(on_train_batch_end=lose)

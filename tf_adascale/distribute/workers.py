@@ -66,11 +66,11 @@ def agree(strategy: tf.distribute.Strategy, number: int) -> bool:
     """
     if num_workers(strategy) == 1:
         return True
-    number = tf.constant(number, tf.int64)
+    own = tf.constant(number, tf.int64)
     run_all = tf.function(strategy.run, autograph=False)
-    values = run_all(lambda: tf.identity(number))
+    values = run_all(lambda: tf.identity(own))
     sum_of_all = strategy.reduce("SUM", values, axis=None)
-    return bool(sum_of_all == number * strategy.num_replicas_in_sync)
+    return bool(sum_of_all == own * strategy.num_replicas_in_sync)
 
 
 def only_all_workers_can_read(

@@ -137,7 +137,13 @@ class AdaScale(wrapper.Wrapper):
 
     # One step.
 
-    def plan_step(self, variables, gradients, sample_sqnorm_sum, loss_scale):
+    def plan_step(
+        self,
+        variables: list[Any],
+        gradients: list[Any],
+        sample_sqnorm_sum: tf.Tensor | None,
+        loss_scale: Any,
+    ) -> inner_step.Step:
         """Returns the step by the mean gradient, at the rate of its gain."""
         divisors = self._divisors(variables)
         mean_sqnorm, gradients = self._reduced(

@@ -133,7 +133,13 @@ class Adasum(wrapper.Wrapper):
                 f"microbatches={microbatches}"
             )
 
-    def plan_step(self, variables, gradients, sample_sqnorm_sum, loss_scale):
+    def plan_step(
+        self,
+        variables: list[Any],
+        gradients: list[Any],
+        sample_sqnorm_sum: tf.Tensor | None,
+        loss_scale: Any,
+    ) -> inner_step.Step:
         """Returns the step by the combined gradients, or by each replica's."""
         if self.num_replicas > 1:
             # Keras divided the loss by the number of replicas.

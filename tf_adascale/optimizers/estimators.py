@@ -91,10 +91,12 @@ class _AmongSamples:
 
     least_samples = 2
 
-    def needs_sample_sqnorms(self, num_samples):
+    def needs_sample_sqnorms(self, num_samples: int) -> bool:
         return num_samples > 1
 
-    def build(self, optimizer, variables):
+    def build(
+        self, optimizer: keras.optimizers.Optimizer, variables: list[Any]
+    ) -> None:
         del optimizer, variables  # It remembers nothing.
 
     def _moments(self, observation):
@@ -123,7 +125,7 @@ class Moments(_AmongSamples):
 
     epsilon = 0.0
 
-    def measure(self, observation):
+    def measure(self, observation: Observation) -> Measurement:
         moments = self._moments(observation)
         if moments is None:
             return Measurement()
@@ -141,7 +143,7 @@ class Ratio(_AmongSamples):
 
     epsilon = gain_ops.RATIO_EPSILON
 
-    def measure(self, observation):
+    def measure(self, observation: Observation) -> Measurement:
         return Measurement(self._moments(observation))
 
 
@@ -160,11 +162,13 @@ class Differenced:
     epsilon = 0.0
     least_samples = 1
 
-    def needs_sample_sqnorms(self, num_samples):
+    def needs_sample_sqnorms(self, num_samples: int) -> bool:
         del num_samples
         return False
 
-    def build(self, optimizer, variables):
+    def build(
+        self, optimizer: keras.optimizers.Optimizer, variables: list[Any]
+    ) -> None:
         self._previous = optimizer.add_optimizer_variables(
             variables, "previous_gradient"
         )
@@ -172,7 +176,7 @@ class Differenced:
             (), "zeros", dtype="int64", name="seen_steps"
         )
 
-    def measure(self, observation):
+    def measure(self, observation: Observation) -> Measurement:
         gradients = [
             tf.convert_to_tensor(
                 loss_scale_lib.unscale(gradient, observation.loss_scale)

@@ -9,6 +9,7 @@ these are
 
     _learning_rate                   the rate as given: variable, schedule or
                                      callable
+    _iterations                      the variable behind `iterations`
     _variables                       an optimizer's own variables
     _trainable_variables             the variables an optimizer was built on
     _get_variable_index              a variable's place among them

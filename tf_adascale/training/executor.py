@@ -126,7 +126,7 @@ class Executor:
         )
 
 
-def map_present(function, structure):
+def map_present(function: Callable[[Any], Any], structure: Any) -> Any:
     """Returns nested values, each but None replaced by a function of it.
 
     Example:
@@ -139,7 +139,7 @@ def map_present(function, structure):
     )
 
 
-def without_optionals(batch):
+def without_optionals(batch: Any) -> Any:
     """Returns a batch with None where Keras 3.15 has an empty Optional.
 
     Example:

@@ -33,7 +33,9 @@ def split(batch: tf.Tensor, count: int) -> tf.Tensor:
     if size is None:
         size = tf.shape(batch)[0]
         received = ["batch =", size, "microbatches =", count]
-        check = tf.debugging.Assert(size % count == 0, [_UNEVEN, *received])
+        check = tf.debugging.Assert(
+            tf.math.floormod(size, count) == 0, [_UNEVEN, *received]
+        )
         with tf.control_dependencies([check]):
             batch = tf.identity(batch)
     elif size % count:

@@ -1,42 +1,68 @@
-"""The strategies of the examples: which workers there are, which is chief."""
+"""Strategies, clusters, and the scale that replicas and micro-batches make."""
 
-import json
 import os
-import pathlib
 import subprocess
 import sys
 import types
 
 import pytest
 import tensorflow as tf
-from tensorflow.python.distribute import tpu_strategy
+from tensorflow.python.distribute import (
+    collective_all_reduce_strategy,
+    multi_worker_util,
+    tpu_strategy,
+)
 
-from examples import launch
-from examples.common import strategies
-
-ROOT = pathlib.Path(__file__).parent.parent
-# Both start in some 10 seconds; a machine may be busy.
-TIMEOUT_SECONDS = 180
-
-# Prints whether it is chief, and how many workers there are.
-WORKER = """
-import json
-import tensorflow as tf
-from examples import strategies
-
-strategy = strategies.make("multiworker")
-ones = strategy.run(tf.function(lambda: tf.ones(())))
-workers = int(strategy.reduce("SUM", ones, axis=None))
-print(json.dumps([strategies.is_chief(strategy), workers]))
-"""
+from examples.common import runs, strategies
+from tests import harness, sources
 
 
-class TestCluster:
-    def test_unknown_is_refused(self):
-        with pytest.raises(
-            ValueError,
-            match=r"cluster is not known\. Expected one of .*'tf_config', "
-            r"'slurm'.*Received: cluster='mesos'",
+class TestSplitScale:
+    @pytest.mark.parametrize(
+        "given, expected",
+        [
+            ({"replicas": 1}, (1, 1)),
+            ({"replicas": 4}, (4, 1)),
+            ({"replicas": 1, "scale": 64}, (64, 64)),
+            ({"replicas": 4, "scale": 64}, (64, 16)),
+            ({"replicas": 4, "microbatches": 2}, (8, 2)),
+            ({"replicas": 4, "scale": 8, "microbatches": 2}, (8, 2)),
+        ],
+    )
+    def test_one_follows_from_the_others(self, given, expected):
+        assert strategies.split_scale(**given) == expected
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"replicas": 4, "scale": 6},
+            {"replicas": 4, "scale": 2},
+            {"replicas": 2, "scale": 8, "microbatches": 2},
+        ],
+    )
+    def test_other_scales_are_refused(self, given):
+        with harness.refused(
+            "`scale` must be replicas * microbatches",
+            f"scale={given['scale']}, replicas={given['replicas']}",
+        ):
+            strategies.split_scale(**given)
+
+
+class TestMake:
+    def test_one_device_has_one_replica(self):
+        with harness.refused(
+            "`replicas` must be the number of replicas of the strategy, 1",
+            "replicas=2, strategy='default'",
+        ):
+            strategies.make("default", replicas=2)
+
+    def test_unknown_strategy_is_refused(self):
+        with harness.refused("`strategy` must be one of", "strategy='many'"):
+            strategies.make("many")
+
+    def test_unknown_cluster_is_refused(self):
+        with harness.refused(
+            "`cluster` must be one of ('tf_config', 'slurm')", "cluster='mesos'"
         ):
             strategies.make("multiworker", cluster="mesos")
 
@@ -47,71 +73,68 @@ class TestCluster:
         monkeypatch.delenv("TF_CONFIG", raising=False)
         if config is not None:
             monkeypatch.setenv("TF_CONFIG", config)
-        with pytest.raises(ValueError, match="No cluster is told of") as error:
+        with harness.refused(
+            "`cluster='tf_config'` needs the environment variable TF_CONFIG",
+            f"cluster='tf_config', TF_CONFIG={config!r}",
+        ):
             strategies.make("multiworker")
-        assert "Expected the environment variable TF_CONFIG" in str(error.value)
-        assert f"TF_CONFIG={config!r}" in str(error.value)
+
+
+def test_tasks_leave_the_devices_to_the_strategy(tmp_path):
+    """TensorFlow cannot divide the CPU after it has run anything."""
+    # Makes the tasks of all trainers, then runs the command of digits.
+    code = """
+import importlib, runpy, sys
+from examples.studies import benchmarks
+data_dir, *sys.argv = sys.argv[1:]
+for benchmark in benchmarks.SCALES:
+    train = importlib.import_module(f"examples.{benchmark}.train")
+    train.task()
+    train.task(data="tfds", data_dir=data_dir)
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+    flags = ("--strategy=mirrored", "--replicas=2", "--scale=4", "--smoke")
+    process = subprocess.run(
+        [
+            *(sys.executable, "-c", code, str(tmp_path)),
+            *("examples.digits.train", *flags, f"--model_dir={tmp_path}"),
+        ],
+        cwd=sources.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    # Keras's progress bar, with gain and tau.
+    assert "gain: " in process.stdout
+    assert "scale_invariant_step: " in process.stdout
+    result = runs.read(tmp_path).result
+    assert result["scale"] == 4
+    assert 1 <= result["mean_gain"] <= 4
 
 
 class TestChief:
-    def run(self, cluster):
-        """Returns what each task printed, by its name."""
-        processes = {
-            f"{job}:{index}": subprocess.Popen(
-                [sys.executable, "-c", WORKER],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "TF_CONFIG": json.dumps(
-                        {
-                            "cluster": cluster,
-                            "task": {"type": job, "index": index},
-                        }
-                    ),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for job, addresses in cluster.items()
-            for index in range(len(addresses))
-        }
-        try:
-            outputs = {
-                task: process.communicate(timeout=TIMEOUT_SECONDS)
-                for task, process in processes.items()
-            }
-        finally:
-            for process in processes.values():
-                if process.poll() is None:
-                    process.kill()
-                    process.communicate()
-        for task, process in processes.items():
-            assert process.returncode == 0, outputs[task][1][-4000:]
-        return {task: json.loads(out) for task, (out, _) in outputs.items()}
-
-    @pytest.mark.multiworker
-    def test_is_the_first_of_workers_alone(self):
-        first, second = (f"127.0.0.1:{port}" for port in launch.free_ports(2))
-        assert self.run({"worker": [first, second]}) == {
-            "worker:0": [True, 2],
-            "worker:1": [False, 2],
-        }
-
-    @pytest.mark.multiworker
-    def test_is_not_a_worker_where_there_is_a_chief(self):
-        first, second = (f"127.0.0.1:{port}" for port in launch.free_ports(2))
-        assert self.run({"chief": [first], "worker": [second]}) == {
-            "chief:0": [True, 2],
-            "worker:0": [False, 2],
-        }
-
     @pytest.mark.parametrize("replicas", [1, 2])
     def test_is_the_only_process(self, strategy_of, replicas):
         assert strategies.is_chief(strategy_of(replicas))
 
+    @pytest.mark.parametrize(
+        "job, index, expected",
+        [("chief", 0, True), ("worker", 0, False), ("worker", 1, False)],
+    )
+    def test_is_the_chief_of_a_cluster_that_has_one(self, job, index, expected):
+        # A strategy would connect to the others. Its class and TensorFlow's
+        # rule answer. Clusters of workers train in tests/processes.
+        cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
+        extended = object.__new__(
+            collective_all_reduce_strategy.CollectiveAllReduceExtended
+        )
+        extended._is_chief = multi_worker_util.is_chief(cluster, job, index)
+        strategy = types.SimpleNamespace(extended=extended)
+        assert strategies.is_chief(strategy) == expected
+
     def test_is_the_process_that_drives_a_tpu(self):
-        # There is none to make the strategy of: the class answers.
+        # Without a TPU there is no such strategy, but its class answers.
         extended = object.__new__(tpu_strategy.TPUExtended)
         assert strategies.is_chief(types.SimpleNamespace(extended=extended))
 
@@ -119,7 +142,7 @@ class TestChief:
 STEP = {
     "SLURM_JOB_ID": "1025",
     "SLURM_STEP_NUM_TASKS": "4",
-    # What Slurm makes of n2 and n10, with two tasks on each.
+    # Two tasks on each of n2 and n10.
     "SLURM_STEP_NODELIST": "n[2,10]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
@@ -176,7 +199,7 @@ class TestSlurm:
             first = int(workers[0].split(":")[1])
             used += range(first, first + 16)
         assert len(set(used)) == 1024 * 16
-        # Linux hands out ports from 32768 on, and root's end at 1023.
+        # Below are root's ports, and above are Linux's ephemeral ports.
         assert min(used) > 1023
         assert max(used) < 32768
 
@@ -194,14 +217,14 @@ class TestSlurm:
         for name in os.environ:
             if name.startswith("SLURM"):
                 monkeypatch.delenv(name)
-        # What a batch script has: it is on a node, and no task of a step.
+        # The environment of a batch script: a node, but no task of a step.
         monkeypatch.setenv("SLURMD_NODENAME", "n2")
         for name in ("JOB_ID", "PROCID", "LOCALID"):
             monkeypatch.setenv(f"SLURM_{name}", "0")
-        with pytest.raises(ValueError, match="no task of a Slurm step") as e:
+        with harness.refused(
+            "`cluster='slurm'` needs a process that `srun` started, which sets "
+            "SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, "
+            "SLURM_STEP_TASKS_PER_NODE.",
+            "cluster='slurm'",
+        ):
             strategies.make("multiworker", cluster="slurm")
-        assert (
-            "Expected `srun` to start it, which sets SLURM_STEP_NUM_TASKS, "
-            "SLURM_STEP_NODELIST, SLURM_STEP_TASKS_PER_NODE. "
-            "Received: cluster='slurm'" in str(e.value)
-        )

@@ -1,48 +1,23 @@
-"""The tables and pictures of studies, on runs that are made up."""
-
-import os
+"""The studies of benchmarks: tables and figures of made-up runs."""
 
 import pytest
 
 from examples.common import runs
 from examples.studies import benchmarks, imagenet_elastic
+from tests import sources
+from tests.examples import made_up
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def made_up(benchmark, model_dir, *arguments):
-    """Returns a run of four rows instead of training."""
-    flags = dict(flag.removeprefix("--").split("=") for flag in arguments)
-    algorithm = flags["algorithm"]
-    scale = flags.get("elastic") or int(flags["scale"])
-    result = {
-        "algorithm": algorithm,
-        "scale": scale,
-        "iterations": int(flags.get("iterations", 40)),
-        "examples": 640,
-        "metric": "bleu" if benchmark == "transformer" else "accuracy",
-        "value": 97.5 if benchmark == "transformer" else 0.975,
-        "mean_gain": 3.5 if algorithm in ("adascale", "adamscale") else None,
-    }
-    log = {
-        "step": [10.0, 20.0, 30.0, 40.0],
-        "base_batches": [40.0, 80.0, 120.0, 160.0],
-        "scale_invariant_step": [30.0, 60.0, 90.0, 120.0],
-        "gain": [3.0, 3.0, 3.0, 3.0],
-        "scale": [4.0, 4.0, 4.0, 4.0],
-        "loss": [2.0, 1.0, 0.5, 0.25],
-    }
-    return runs.Run(result, log)
-
-
 @pytest.fixture
 def trained(monkeypatch):
-    """Makes runs up; returns the list of those asked for."""
+    """Replaces training; returns the list of runs that were asked for."""
     asked = []
 
     def train(benchmark, model_dir, *arguments):
         asked.append((benchmark, *arguments))
-        return made_up(benchmark, model_dir, *arguments)
+        return made_up.train(benchmark, model_dir, *arguments)
 
     monkeypatch.setattr(runs, "train", train)
     return asked
@@ -66,7 +41,7 @@ class TestStudy:
         assert benchmarks.table(rows) in capsys.readouterr().out
         assert (tmp_path / "benchmarks.png").read_bytes()[:8] == PNG
 
-    def test_goes_on_where_it_was_stopped(self, tmp_path, trained):
+    def test_resumes(self, tmp_path, trained):
         first = benchmarks.main(["speech", f"--out={tmp_path}"])
         assert len(trained) == 6
         again = benchmarks.main(["speech", f"--out={tmp_path}"])
@@ -94,18 +69,16 @@ class TestStudy:
             assert run[0] == "transformer"
             assert {"--optimizer=adamw", "--seed=3"} < set(run)
         printed = capsys.readouterr().out
-        # The plain optimizer is not SGD here.
+        # The plain optimizer is AdamW.
         assert "| adamw | AdamW | 1 | 40 | bleu 97.5 | - |" in printed
         assert "| adamw | AdamScale | 8 | 40 | bleu 97.5 | 3.5 |" in printed
         assert benchmarks.main(arguments) == rows
         assert len(trained) == 7
 
     def test_all_trainers_are_folders(self):
-        folder = os.path.dirname(benchmarks.__file__)
         for benchmark in benchmarks.BENCHMARKS.values():
-            assert os.path.exists(
-                os.path.join(folder, benchmark.trainer, "train.py")
-            )
+            path = sources.ROOT / "examples" / benchmark.trainer / "train.py"
+            assert path.exists()
 
     def test_unknown_benchmarks_are_refused(self, trained, capsys):
         with pytest.raises(SystemExit):
@@ -124,7 +97,7 @@ class TestStudy:
         assert len(trained) == 2
 
 
-def test_elastic_demo_goes_up_and_down(tmp_path, trained, capsys):
+def test_elastic_study_goes_up_and_down(tmp_path, trained, capsys):
     results = imagenet_elastic.main([f"--out={tmp_path}"])
     assert [run.result["scale"] for run in results.values()] == [
         1,

@@ -1,4 +1,4 @@
-"""Runs in processes one after another: stopped in time, gone on with."""
+"""Runs in a sequence of processes: each is stopped and resumed."""
 
 import csv
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from examples.common import runs
 from examples.studies import digits_elastic
 
-# Stands for the trainer: counts to the end, and stops at SIGTERM.
+# Replaces the trainer: counts to the end and stops at SIGTERM.
 TRAINER = """
 import csv, json, pathlib, signal, sys, time
 flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[2:])
@@ -38,14 +38,14 @@ result = {"algorithm": flags["algorithm"], "scale": flags["scale"],
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """A script in place of the trainer, for every phase."""
+    """Replaces the trainer of every phase by a script."""
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     phases = {
         scale: digits_elastic.Phase((str(script),), ())
         for scale in digits_elastic.PHASES
     }
-    monkeypatch.setattr(elastic_demo, "PHASES", phases)
+    monkeypatch.setattr(digits_elastic, "PHASES", phases)
     return script
 
 
@@ -59,7 +59,8 @@ def test_each_scale_trains_its_part(tmp_path, trainer):
     )
     assert run.log["scale_invariant_step"] == list(range(1, 91))
     assert scales(run) == sorted(scales(run))
-    # It looks ten times a second, at a trainer of 50 steps a second.
+    # The study looks at the log 10 times per second, and the trainer takes 50
+    # steps per second.
     for scale, until in ((4, 30), (8, 60)):
         last = max(
             tau
@@ -70,26 +71,26 @@ def test_each_scale_trains_its_part(tmp_path, trainer):
     assert run.result["iterations"] == 90
 
 
-def test_what_was_done_before_is_not_done_again(tmp_path, trainer):
+def test_parts_that_are_done_are_not_repeated(tmp_path, trainer):
     arguments = (tmp_path / "run", (16, 4), "--algorithm=adascale")
     first = digits_elastic.train(*arguments, total_steps=20)
     assert digits_elastic.train(*arguments, total_steps=20) == first
 
 
-def test_a_process_that_fails_is_an_error(tmp_path, trainer):
+def test_a_failing_process_is_an_error(tmp_path, trainer):
     trainer.write_text("import sys; sys.exit(3)")
     with pytest.raises(subprocess.CalledProcessError) as error:
         digits_elastic.train(tmp_path / "run", (4, 8), total_steps=20)
     assert error.value.returncode == 3
 
 
-def test_a_process_that_ends_too_early_is_an_error(tmp_path, trainer):
+def test_a_process_that_ends_early_is_an_error(tmp_path, trainer):
     trainer.write_text("")
     with pytest.raises(subprocess.CalledProcessError):
         digits_elastic.train(tmp_path / "run", (4, 8), total_steps=20)
 
 
-def test_a_row_that_is_being_written_is_not_read(tmp_path):
+def test_an_incomplete_row_is_ignored(tmp_path):
     log = tmp_path / "log.csv"
     with open(log, "w") as file:
         csv.writer(file).writerows([("epoch", "scale_invariant_step"), (0, 5)])
@@ -97,9 +98,7 @@ def test_a_row_that_is_being_written_is_not_read(tmp_path):
     assert digits_elastic._progress(tmp_path) == 5
 
 
-def test_both_directions_and_the_picture(
-    tmp_path, trainer, monkeypatch, capsys
-):
+def test_both_directions_and_the_figure(tmp_path, trainer, monkeypatch, capsys):
     def plain(benchmark, model_dir, *flags):
         words = [str(trainer), benchmark, *flags, f"--model_dir={model_dir}"]
         subprocess.run([sys.executable, *words], check=True)

@@ -1,4 +1,4 @@
-"""Records that cannot be used are left out, counted and told of."""
+"""Unusable records are dropped, counted and logged."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ def messages(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def test_filtered_counts_and_tells(caplog):
+def test_filtered_counts_and_logs(caplog):
     # Of 0 ... 11, the multiples of 3 are dropped.
     kept = drops.filtered(
         tf.data.Dataset.range(12), lambda x: x % 3 != 0, "threes"
     )
     assert [int(x) for x in kept] == [1, 2, 4, 5, 7, 8, 10, 11]
-    # 0, 3 and 9 are the 1st, 2nd and 4th; told with the next that is kept.
+    # 0, 3 and 9 are the 1st, 2nd and 4th, logged with the next good one.
     assert messages(caplog) == [
         "1 of 2 records dropped so far: threes",
         "2 of 5 records dropped so far: threes",
@@ -54,37 +54,37 @@ def test_mapped_drops_images_that_do_not_decode(caplog):
     ]
 
 
-def test_the_length_is_not_known():
+def test_the_length_is_unknown():
     dataset = tf.data.Dataset.range(12)
     kept = drops.mapped(dataset, tf.identity, "none")
     assert kept.cardinality() == tf.data.UNKNOWN_CARDINALITY
 
 
-def test_nothing_dropped_nothing_told(caplog):
+def test_nothing_dropped_nothing_logged(caplog):
     kept = drops.filtered(tf.data.Dataset.range(5), lambda x: x >= 0, "none")
     assert len(list(kept)) == 5
     assert not messages(caplog)
 
 
-def test_a_dataset_that_is_bad_throughout_is_an_error():
+def test_a_dataset_of_bad_records_is_an_error():
     kept = drops.filtered(
         tf.data.Dataset.range(1000), lambda x: x % 3 == 0, "thirds"
     )
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         list(kept)
-    assert "Most records are unusable" in str(error.value)
+    assert "`dropped` must be at most half of `seen`" in str(error.value)
     assert "reason='thirds'" in str(error.value)
 
 
 def test_each_pass_counts_anew():
     kept = drops.filtered(tf.data.Dataset.range(300), lambda x: x % 2 == 0, "")
-    # Of 300 records 150: not more than half, however often they are read.
+    # 150 of 300 records are not more than half, in every pass.
     for _ in range(3):
         assert len(list(kept)) == 150
 
 
 def test_counted_adds_up_what_each_element_lost(caplog):
-    # Of 2, 3 and 4 boxes, 1, 0 and 2 were dropped.
+    # 1, 0 and 2 of 2, 3 and 4 boxes are dropped.
     dataset = tf.data.Dataset.from_tensor_slices(
         (["a", "b", "c"], np.array([1, 0, 2]), np.array([2, 3, 4]))
     )

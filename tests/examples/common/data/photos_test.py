@@ -1,4 +1,4 @@
-"""Backgrounds: crops of two photos, which share no pixel."""
+"""Backgrounds: crops of two photos, which have no pixel in common."""
 
 import numpy as np
 

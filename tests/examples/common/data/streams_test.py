@@ -1,10 +1,11 @@
-"""Endless streams of examples: what they hold depends on the place alone."""
+"""Endless streams of examples, which depend only on the position."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from examples.common.data import streams
+from tests import harness
 
 
 def of_indices(count, size=7, **given):
@@ -21,14 +22,14 @@ def of_records(count, size=50, **given):
 
 @pytest.mark.parametrize("stream, size", [(of_indices, 7), (of_records, 50)])
 class TestStreams:
-    def test_each_pass_has_all_in_an_order_of_its_own(self, stream, size):
+    def test_each_pass_has_all_in_its_own_order(self, stream, size):
         numbers = [int(number) for number, _ in stream(3 * size)]
         passes = np.reshape(numbers, (3, size))
         for one_pass in passes:
             assert sorted(one_pass) == list(range(size))
         assert len({tuple(one_pass) for one_pass in passes}) == 3
 
-    def test_begins_anywhere(self, stream, size):
+    def test_starts_anywhere(self, stream, size):
         whole = stream(3 * size)
         for start in (1, size - 1, size, size + 3):
             part = stream(size, start=start)
@@ -39,7 +40,7 @@ class TestStreams:
                 np.testing.assert_array_equal(draws, expected_draws)
 
     @pytest.mark.parametrize("rows", [1, 2])
-    def test_workers_share_it_without_rest(self, stream, size, rows):
+    def test_workers_share_all_of_it(self, stream, size, rows):
         whole = [int(number) for number, _ in stream(12, start=5)]
         shares = [
             [
@@ -50,7 +51,7 @@ class TestStreams:
             ]
             for index in range(3)
         ]
-        # Batches of 3 workers: so many rows of the first, then of the second.
+        # Batches of 3 workers: `rows` of the first, then of the second ...
         parts = [np.reshape(share, (-1, rows)) for share in shares]
         batches = np.concatenate(parts, axis=1)
         assert batches.ravel().tolist() == whole
@@ -95,9 +96,10 @@ def test_batches_of_workers_make_one_batch():
 
 def test_batches_that_workers_cannot_share_are_refused():
     stream = streams.indices(100, seed=0)
-    with pytest.raises(ValueError, match="cannot share a batch") as error:
+    with harness.refused(
+        "`batch_size` must be a multiple of the 2 workers", "batch_size=9"
+    ):
         streams.batches(stream, 9, share=streams.Share(0, 2))
-    assert "Received: batch_size=9" in str(error.value)
 
 
 def test_split_keeps_the_order_and_other_axes():
