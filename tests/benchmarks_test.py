@@ -1,4 +1,4 @@
-"""The benchmark's functions, on a model too small to say anything of speed."""
+"""The benchmarks' functions, on models too small to measure speed."""
 
 import sys
 
@@ -39,9 +39,9 @@ def test_resnet18_has_its_layers():
         for layer in model.layers
         if isinstance(layer, layers.Conv2D)
     ]
-    # The stem, two in each of four times two blocks; a shortcut per new width.
+    # The stem, and two in each of four times two blocks.
     assert kernels.count((3, 3)) == 1 + 2 * 4 * 2
-    assert kernels.count((1, 1)) == 3
+    assert kernels.count((1, 1)) == 3  # A shortcut per new width.
     assert model.output_shape == (None, step_time.NUM_CLASSES)
 
 
@@ -76,7 +76,7 @@ def test_constants_hold_while_a_step_is_traced(strategy_of):
     assert constants() == before
 
 
-def test_the_batch_is_the_same_every_time_and_differs_by_replica(strategy_of):
+def test_the_batch_is_deterministic_and_differs_by_replica(strategy_of):
     strategy = strategy_of(2)
     batches = [step_time.make_batch(TOY, strategy) for _ in range(2)]
     first, second = (
@@ -104,7 +104,7 @@ def test_turns_rotate():
     assert times["a"].clock.shape == times["b"].processor.shape == (3,)
 
 
-def test_table_has_medians_of_the_ratios_of_each_round():
+def test_table_has_medians_of_ratios():
     optimizer = keras.optimizers.SGD()
     optimizer.build([])
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
@@ -136,7 +136,7 @@ class TestAdasum:
         model = keras.Model(inputs, adasum_time.WORKLOAD.connect(inputs))
         assert model.count_params() == 3200 * 3200 + 3200 + 3200 * 10 + 10
 
-    def test_variants_combine_what_they_say(self):
+    def test_variants_combine_updates_or_gradients(self):
         for combine in ("updates", "gradients"):
             optimizer = adasum_time.VARIANTS[combine].optimizer()
             assert isinstance(optimizer, tf_adascale.Adasum)
@@ -147,8 +147,8 @@ class TestAdasum:
 
     @pytest.mark.parametrize(
         ("name", "ratio"),
-        # Of three replicas each gathers 3 - 1 times the model and all-reduces
-        # 2 (3 - 1) / 3 of it. Inner products and the like are small beside it.
+        # Each of three replicas gathers 3 - 1 times the model and all-reduces
+        # 2 (3 - 1) / 3 of it. The rest, such as inner products, is small.
         [("sgd", 4 / 3), ("updates", 2 + 4 / 3), ("gradients", 2 + 4 / 3)],
     )
     def test_received_counts_what_is_gathered_and_reduced(

@@ -130,26 +130,25 @@ def test_two_threads_do_not_mix_their_lines():
     assert sorted(target.getvalue().splitlines()) == ["a", "b"]
 
 
-def test_what_is_not_text_is_shown_escaped(tmp_path):
+def test_a_module_gets_its_arguments_and_may_print_any_bytes(tmp_path):
     # A byte that is not UTF-8, and a character that is not ASCII.
-    worker = r'os.write(1, b"\xff \xe2\x94\x81")'
+    worker = r"""
+    os.write(1, b"\xff \xe2\x94\x81\n")
+    print(__name__, sys.argv[1:])
+    """
     code, output, _ = Launcher(
-        tmp_path, worker, "--workers=1", PYTHONIOENCODING="ascii"
-    ).finish()
-    assert code == 0
-    assert output == [r"[0] \ufffd \u2501", ""]
-
-
-def test_a_module_gets_its_arguments(tmp_path):
-    launcher = Launcher(
         tmp_path,
-        "print(__name__, sys.argv[1:])",
+        worker,
         "--workers=1",
         command=["worker", "--workers=7", "--", "x y"],
-    )
-    code, output, _ = launcher.finish()
+        PYTHONIOENCODING="ascii",
+    ).finish()
     assert code == 0
-    assert output == ["[0] __main__ ['--workers=7', '--', 'x y']", ""]
+    assert output == [
+        r"[0] \ufffd \u2501",
+        "[0] __main__ ['--workers=7', '--', 'x y']",
+        "",
+    ]
 
 
 def test_each_worker_knows_the_cluster_and_its_ports_are_new(tmp_path):

@@ -27,6 +27,8 @@ STEPS_PER_ROW = 2
 # 45 steps in rows of one.
 SHORT = (*TRAINER, "--total_steps=140")
 SHORT_OF_TWO = (*SHORT, "--strategy=multiworker")
+# Steps before the run that is moved leaves its first device.
+FIRST_STEPS = 15
 
 # Alternately at any moment and while a checkpoint is being written.
 KILLS = 4
@@ -251,6 +253,25 @@ def whole_of_two(tmp_path_factory):
     return children.once(tmp_path_factory, "whole_of_two", make)[0]
 
 
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """The directory of a run on one device, two workers, two local replicas."""
+
+    def make(directory):
+        with started(directory, SHORT) as child:
+            wait_for_saves(child, directory, FIRST_STEPS)
+            child.send(signal.SIGTERM)
+            assert child.finish() == EXIT_CODE, child.errors()
+        with cluster(directory, "--scale=8") as (chief, last):
+            wait_for_saves(chief, directory, 5)
+            # SIGTERM to one stops both.
+            last.send(signal.SIGTERM)
+            assert chief.finish() == last.finish() == EXIT_CODE, chief.errors()
+        trained(directory, (*SHORT, "--strategy=mirrored", "--replicas=2"))
+
+    return children.once(tmp_path_factory, "moved", make)[0]
+
+
 def worker(launcher, index):
     """Returns the process id of a launcher's worker."""
     for path in pathlib.Path("/proc").glob("[0-9]*"):
@@ -277,6 +298,15 @@ class TestTwoWorkers:
             "tensorboard",
         ]
         assert len(list(whole_of_two.rglob("*tfevents*"))) == 1
+
+    def test_they_train_as_one_device(self, whole_of_two, moved):
+        # `moved` begins at the same scale.
+        for name in ("loss", "gain", "scale_invariant_step"):
+            np.testing.assert_allclose(
+                column(whole_of_two, name)[:FIRST_STEPS],
+                column(moved, name)[:FIRST_STEPS],
+                rtol=1e-5,
+            )
 
     @pytest.mark.skipif(
         sys.platform != "linux", reason="looks for workers in /proc"
@@ -309,25 +339,6 @@ class TestTwoWorkers:
         assert_same(directory, whole_of_two, tolerance=1e-6)
 
 
-@pytest.fixture(scope="module")
-def moved(tmp_path_factory):
-    """The directory of a run on one device, two workers, two local replicas."""
-
-    def make(directory):
-        with started(directory, SHORT) as child:
-            wait_for_saves(child, directory, 15)
-            child.send(signal.SIGTERM)
-            assert child.finish() == EXIT_CODE, child.errors()
-        with cluster(directory, "--scale=8") as (chief, last):
-            wait_for_saves(chief, directory, 5)
-            # SIGTERM to one stops both.
-            last.send(signal.SIGTERM)
-            assert chief.finish() == last.finish() == EXIT_CODE, chief.errors()
-        trained(directory, (*SHORT, "--strategy=mirrored", "--replicas=2"))
-
-    return children.once(tmp_path_factory, "moved", make)[0]
-
-
 @pytest.mark.multiworker
 class TestElastic:
     def test_each_process_counts_at_its_scale(self, moved):
@@ -358,68 +369,8 @@ class TestElastic:
         )
         # The k-th step moves an average by 1/k of the way to a new sample, of
         # which the squared norms scatter: by much in the first steps, and again
-        # if averages began anew where the scale changes first, after step 15.
+        # if averages began anew where the scale changes first.
         for average in (variance, sqnorm):
             changes = np.abs(np.diff(average)) / average[1:]
             assert changes[np.argmax(np.diff(scales) > 0) :].max() < 0.1
         assert changes[:3].max() > 0.3
-
-
-OWN = """
-import sys
-import keras, numpy as np, tensorflow as tf
-import tf_adascale
-
-directory = sys.argv[1].removeprefix("--model_dir=")
-keras.utils.set_random_seed(0)
-inputs = keras.Input((4,))
-x = keras.layers.Dense(8, activation="tanh")(inputs)
-x = keras.layers.BatchNormalization()(x)
-x = keras.layers.Dropout(0.2)(x)
-model = tf_adascale.Model(inputs, keras.layers.Dense(1)(x))
-sgd = keras.optimizers.SGD(
-    keras.optimizers.schedules.CosineDecay(0.005, 500), momentum=0.9
-)
-model.compile(tf_adascale.AdaScale(sgd), "mse", microbatches=2)
-model.optimizer.build(model.trainable_variables)
-
-x = np.random.default_rng(0).normal(size=(96, 5)).astype("float32")
-data = tf.data.Dataset.from_tensor_slices((x[:, :4], x.sum(1, keepdims=True)))
-batches = data.shuffle(96, seed=1).batch(8)
-checkpoint = tf_adascale.callbacks.Checkpoint(
-    f"{directory}/checkpoint", model=model
-)
-model.fit(
-    batches.repeat().skip(checkpoint.step),
-    steps_per_epoch=10,
-    initial_epoch=checkpoint.epoch,
-    epochs=1000,
-    callbacks=[
-        tf_adascale.callbacks.ScalingLog(),
-        tf_adascale.callbacks.StopAtScaleInvariantStep(500),
-        checkpoint,
-    ],
-    shuffle=False,
-    verbose=0,
-)
-"""
-
-
-def test_a_model_of_ones_own(tmp_path):
-    script = tmp_path / "own.py"
-    script.write_text(OWN)
-    whole, directory = tmp_path / "whole", tmp_path / "run"
-    trained(whole, [script])
-    for number, code in (
-        (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, EXIT_CODE),
-    ):
-        with started(directory, [script]) as child:
-            wait_for_saves(child, directory, 5)
-            child.send(number)
-            assert child.finish() == code, child.errors()
-    trained(directory, [script])
-    found, wanted = saved(directory), saved(whole)
-    # The next process does not complete the epoch that was stopped.
-    assert wanted.pop("epoch") <= found.pop("epoch")
-    assert_same_values(found, wanted)

@@ -1,4 +1,4 @@
-"""Progress: what a run counts, where its phases end, what it goes on with."""
+"""Progress: the counts of a run, its phases, and how it resumes."""
 
 import errno
 import os
@@ -19,14 +19,14 @@ PHASES = (Phase(2, 8, 4), Phase(4, 20, 7))
 
 @pytest.fixture(autouse=True)
 def handler():
-    """Keeps the handler of SIGTERM, and fails where it was not put back."""
+    """Restores the handler of SIGTERM, and fails if a test did not."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     assert signal.signal(signal.SIGTERM, before) == before
 
 
 def make(directory, *, phases=PHASES, interval=2, steps_per_execution=1):
-    """A progress, as a new process makes it, with a model of one weight."""
+    """Returns a model of one weight and its progress, like a new process."""
     inputs = keras.Input((1,))
     model = Model(inputs, keras.layers.Dense(1, use_bias=False)(inputs))
     model.compile(
@@ -42,7 +42,7 @@ def make(directory, *, phases=PHASES, interval=2, steps_per_execution=1):
 
 
 def fit(model, progress, *before, epochs=99):
-    """Trains to the end of the phase, an interval per epoch."""
+    """Trains to the end of the phase, with an interval per epoch."""
     ones = tf.data.Dataset.from_tensors((tf.ones((2, 1)), tf.ones((2, 1))))
     return model.fit(
         ones.repeat(),
@@ -64,7 +64,7 @@ def places(progress):
 
 
 class At(keras.callbacks.Callback):
-    """Does something at the end of a step of `fit`, counted from 1."""
+    """Calls a function at the end of a step of `fit`, counted from 1."""
 
     def __init__(self, step, action):
         super().__init__()
@@ -126,13 +126,13 @@ class TestPhases:
         fit(model, progress, At(3, end))
         assert places(progress) == (3, 6, 2, (2,))
         assert progress.phase == PHASES[1]
-        # The next one begins amid a row.
+        # The next phase begins in the middle of a row.
         assert progress.step % progress.interval == 1
 
     def test_count_all_steps_of_an_execution(self, tmp_path):
         model, progress = make(tmp_path, interval=3, steps_per_execution=3)
         fit(model, progress)
-        # The last iteration is the 4th: 2 late.
+        # The last iteration is the 4th, but executions end at multiples of 3.
         assert places(progress) == (6, 12, 2, (2,))
         assert progress.phase == PHASES[1]
 
@@ -191,7 +191,7 @@ class TestSigterm:
 class TestScales:
     def test_of_processes_one_after_another(self, tmp_path):
         seen = []
-        # Scale 4, 8, 8 and back to 4: of AdaScale, whose phases end alike.
+        # Scales 4, 8, 8 and 4 of AdaScale, whose phases have the same end.
         for scale in (4, 8, 8, 4):
             phases = (Phase(scale, 100, 100),)
             model, progress = make(tmp_path, phases=phases)
@@ -205,14 +205,14 @@ class TestScales:
             ((4, 8, 4), 48),
         ]
 
-    def test_one_without_a_step_is_none(self, tmp_path):
+    def test_a_scale_without_a_step_does_not_count(self, tmp_path):
         model, progress = make(tmp_path)
         fit(model, progress, epochs=1)
         make(tmp_path, phases=(Phase(16, 100, 100),))
         _, progress = make(tmp_path)
         assert progress.scales == (2,)
 
-    def test_another_interval_goes_on(self, tmp_path):
+    def test_resumes_with_another_interval(self, tmp_path):
         model, progress = make(tmp_path, interval=3)
         fit(model, progress, epochs=1)
         model, progress = make(tmp_path, interval=2)
@@ -223,7 +223,7 @@ class TestScales:
 
 
 class Logger(Forgiving, keras.callbacks.CSVLogger):
-    """A CSVLogger that is forgiven."""
+    """A CSVLogger whose errors are forgiven."""
 
 
 class TestForgiving:
@@ -237,31 +237,31 @@ class TestForgiving:
         ).history
         return len(history["loss"])
 
-    def test_writes_where_it_can(self, tmp_path, capsys):
+    def test_writes_if_possible(self, tmp_path, capsys):
         path = tmp_path / "log.csv"
         assert self.fit(Logger(path)) == 3
         lines = path.read_text().splitlines()
         assert [line.split(",")[0] for line in lines] == ["epoch", *"012"]
         assert not capsys.readouterr().err
 
-    def test_trains_on_where_it_cannot_begin(self, tmp_path, capsys):
+    def test_trains_without_a_file(self, tmp_path, capsys):
         path = tmp_path / "missing" / "log.csv"
         assert self.fit(Logger(path)) == 3
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("Logger could not write: [Errno 2]")
 
     def test_may_end_before_it_begins(self, tmp_path):
-        # As where training is interrupted while it waits for data.
+        # Training can be interrupted while it waits for data.
         Logger(tmp_path / "log.csv").on_train_end()
         assert not os.listdir(tmp_path)
 
     @pytest.mark.skipif(
         not os.path.exists("/dev/full"), reason="Linux has a full device"
     )
-    def test_trains_on_where_the_disk_is_full(self, capsys):
+    def test_trains_if_the_disk_is_full(self, capsys):
         assert self.fit(Logger("/dev/full")) == 3
         lines = capsys.readouterr().err.splitlines()
-        # After each epoch, and when the file is closed.
+        # An error after each epoch, and one when the file is closed.
         assert len(lines) == 4
         reason = os.strerror(errno.ENOSPC)
         for line in lines:
@@ -276,7 +276,7 @@ class TestForgiving:
         ],
     )
     @pytest.mark.parametrize("method", ["on_epoch_end", "on_train_end"])
-    def test_passes_on_what_it_is_given(self, method, error, capsys):
+    def test_passes_arguments_on(self, method, error, capsys):
         received = []
 
         class Writer(keras.callbacks.Callback):
@@ -301,7 +301,7 @@ class TestForgiving:
         shown = capsys.readouterr().err
         assert shown == "Forgiven could not write: gone\n"
 
-    def test_does_not_forgive_what_is_not_the_disks(self):
+    def test_does_not_forgive_other_errors(self):
         class Wrong(keras.callbacks.Callback):
             def on_epoch_end(self, epoch, logs=None):
                 raise ValueError("wrong")

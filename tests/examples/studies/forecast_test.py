@@ -42,12 +42,12 @@ def test_forecasts_and_compares(tmp_path, trained, capsys):
         for seed in (0, 1)
         for scale in (8, 16, 32)
     ]
-    # 45 * 9/8 = 50.625 beside 51 + 5.
+    # The forecast is 45 * 9/8 = 50.625, the run takes 51 + 5.
     assert rows[0].forecast == pytest.approx(50.625, rel=1e-9)
     assert rows[0].iterations == 56
     assert rows[0].error == pytest.approx(50.625 / 56 - 1, rel=1e-9)
     assert forecast.table(rows) in capsys.readouterr().out
-    # Averages as at S = sqrt(8 * 32) = 16.
+    # The smoothing of S = sqrt(8 * 32) = 16.
     recorded = ("digits", "--algorithm=adascale", "--scale=4", "--seed=1")
     assert (*recorded, "--smoothing=0.984") in trained
     assert len(trained) == 2 * 2 * 4
@@ -61,7 +61,7 @@ def test_resumes(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(runs, "read", lambda path: {str(done): run}[str(path)])
     rows = forecast.main(["digits", f"--out={tmp_path}", "--scales=16"])
     assert [asked[2] for asked in trained] == ["--scale=16"]
-    # 90 (9/16 + 1) / (9 + 1), by what was read.
+    # 90 (9/16 + 1) / (9 + 1), from the run that was read.
     assert rows[0].forecast == pytest.approx(14.0625, rel=1e-9)
 
 
