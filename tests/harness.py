@@ -77,6 +77,11 @@ def first(variable):
     return copies(variable)[0]
 
 
+def values(variables):
+    """Returns the values of Keras variables on the first replica."""
+    return [first(variable) for variable in variables]
+
+
 def state(of):
     """Returns what variables hold, for `==`: by path, the bytes per replica.
 
@@ -226,7 +231,7 @@ class Run:
             one, *others = copies(variable)
             for other in others:
                 assert one.tobytes() == other.tobytes(), variable.path
-        return [first(variable) for variable in self.variables]
+        return values(self.variables)
 
     def state(self):
         """Returns `state` of the weights and the optimizer."""

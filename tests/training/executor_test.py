@@ -124,8 +124,10 @@ class TestTraces:
         arguments = {"steps_per_execution": steps_per_execution}
         stock = calls_in_a_fit(keras.Model, 1, **arguments)
         assert calls_in_a_fit(tf_adascale.Model, 1, **arguments) <= stock
-        # A trace calls the step once for each replica.
-        assert calls_in_a_fit(tf_adascale.Model, 2, **arguments) <= 2 * stock
+        # A trace calls the step once for each replica. Of several steps the
+        # first is outside the loop: another trace.
+        traces = 1 if steps_per_execution == 1 else 2
+        assert calls_in_a_fit(tf_adascale.Model, 2, **arguments) <= 2 * traces
 
     def test_a_step_on_batches_by_themselves_is_traced_once(self):
         model = harness.dense_model(counting(tf_adascale.Model))

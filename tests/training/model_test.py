@@ -748,6 +748,27 @@ class TestOtherMethods:
         assert harness.iterations(model) == 8
 
 
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_jit_compile_compiles_by_xla(num_replicas):
+    """Which cannot call Python."""
+
+    class CallsPython(keras.layers.Layer):
+        def call(self, x):
+            return tf.ensure_shape(
+                tf.numpy_function(lambda x: x, [x], tf.float32), x.shape
+            )
+
+    model = compiled(
+        lambda: dense_model(hidden=[CallsPython]),
+        adascale,
+        "mse",
+        num_replicas=num_replicas,
+        jit_compile=True,
+    )
+    with pytest.raises(tf.errors.OpError, match="unsupported operations"):
+        harness.fit(model, batches(*data()))
+
+
 class TestMixedPrecision:
     @pytest.mark.parametrize(
         "policy, num_replicas, jit_compile",

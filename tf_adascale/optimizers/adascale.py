@@ -9,6 +9,7 @@ from tf_adascale.distribute import collectives
 from tf_adascale.ops import _arguments, norms
 from tf_adascale.ops import gain as gain_ops
 from tf_adascale.optimizers import (
+    checks,
     estimators,
     inner_step,
     loss_scale,
@@ -109,6 +110,9 @@ class AdaScale(wrapper.Wrapper):
             _arguments.number_in("smoothing", smoothing, "[0, 1)")
         _arguments.nonnegative_number("power", power)
         if preconditioned:
+            checks.check_inner_optimizer(
+                inner_optimizer, kwargs, wrapper=type(self).__name__
+            )
             preconditioner.check(loss_scale.unwrap(inner_optimizer))
         super().__init__(inner_optimizer, name=name, **kwargs)
         self.estimator = estimator
