@@ -8,7 +8,7 @@ a later version says that Keras has been repaired.
 All train one weight vector w on the loss mean(x . w), whose gradient is mean(x)
 over the batch, at rate 1 from w = 0: after one step w = -mean(x).
 
-The first fact, K1, needs several processes: see `processes/multiworker_test.py`.
+The first fact, K1, needs several processes: `processes/multiworker_test.py`.
 """
 
 import functools

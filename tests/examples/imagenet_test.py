@@ -661,7 +661,9 @@ class TestTask:
         images, _ = next(iter(task.test_dataset(2)))
         assert network(images).shape == (2, 1000)
 
-    def test_the_miniature_trains(self, tmp_path):
+    def test_the_miniature_trains(self, tmp_path, monkeypatch):
+        shallow = model.MINIATURE._replace(depths=(1, 1))
+        monkeypatch.setattr(model, "MINIATURE", shallow)
         settings = training.Settings(
             algorithm="adascale",
             scale=2,

@@ -679,7 +679,10 @@ class TestVoc:
         )
         assert dropped == 4
 
-    def test_full_size_fits_its_data(self, voc):
+    def test_full_size_fits_its_data(self, voc, monkeypatch):
+        stages = tuple((filters, 1) for filters, _ in model.FULL.stages)
+        shallow = model.FULL._replace(stages=stages, pairs=1)
+        monkeypatch.setattr(model, "FULL", shallow)
         task = train.task(data="tfds", data_dir=voc, image_size=64)
         full_size.model_that_fits(task, 2)
 
@@ -797,7 +800,8 @@ class TestTrain:
         )
         assert train.task(data="tfds").total_steps == 207_000
 
-    def test_the_miniature_trains_at_a_scale(self, tmp_path):
+    def test_the_miniature_trains_at_a_scale(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(model, "MINIATURE", SMALL)
         result = training.run(
             train.task(split="validation"),
             training.Settings(

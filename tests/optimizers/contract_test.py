@@ -451,72 +451,27 @@ def test_resumes_from_a_saved_model_to_the_bit(wrap, tmp_path):
     harness.assert_same(loaded.optimizer, model.optimizer)
 
 
-def _decays_in_its_own_way():
-    class Decay(keras.optimizers.Adam):
-        def _apply_weight_decay(self, variables):
-            pass
-
-    return Decay(0.1)
-
-
-# What makes an inner optimizer, and what its refusal says.
-NO_OPTIMIZER = "`inner_optimizer` must be a keras.optimizers.Optimizer"
-NO_WRAPPER = "`inner_optimizer` must neither be a wrapper nor be in one"
-ACCUMULATES = "`gradient_accumulation_steps` must not be set on the inner"
-REFUSED = {
-    "name": (lambda: "adam", NO_OPTIMIZER),
-    "class": (lambda: keras.optimizers.Adam, NO_OPTIMIZER),
-    "none": (lambda: None, NO_OPTIMIZER),
-    "wrapper": (lambda: AdaScale(adam()), NO_WRAPPER),
-    "scaled_wrapper": (lambda: LossScaleOptimizer(Adasum(adam())), NO_WRAPPER),
-    "accumulates": (lambda: adam(gradient_accumulation_steps=4), ACCUMULATES),
-    "scaled_accumulates": (
-        lambda: LossScaleOptimizer(adam(gradient_accumulation_steps=4)),
-        ACCUMULATES,
-    ),
-    "own_weight_decay": (
-        _decays_in_its_own_way,
-        "`inner_optimizer` must not override keras.optimizers.Optimizer."
-        "_apply_weight_decay",
-    ),
-}
-
-
 @every
 class TestRefusedWhenMade:
-    @pytest.mark.parametrize("case", REFUSED)
-    def test_inner_optimizer(self, case, wrap):
-        make, rule = REFUSED[case]
-        inner = make()
-        with harness.refused(rule):
-            wrap(inner)
-        if case in ("accumulates", "own_weight_decay"):
-            # It may still be used by itself.
-            assert isinstance(inner.learning_rate, keras.Variable)
+    """The cases are in `checks_test.py`."""
+
+    def test_what_cannot_be_wrapped(self, wrap):
+        with harness.refused("`inner_optimizer` must be a keras.optimizers."):
+            wrap("adam")
 
     def test_inner_optimizer_that_is_wrapped_already(self, wrap):
         """Its rate would have the gain twice."""
         inner = adam()
         wrap(inner)
-        with harness.refused(NO_WRAPPER):
+        with harness.refused("`inner_optimizer` must neither be a wrapper nor"):
             wrap(inner)
 
-    @pytest.mark.parametrize(
-        "name, value",
-        [
-            ("learning_rate", 0.1),
-            ("weight_decay", 0.1),
-            ("clipnorm", 1.0),
-            ("use_ema", True),
-            ("loss_scale_factor", 2.0),
-            ("gradient_accumulation_steps", 2),
-            ("scales", 2),
-        ],
-    )
-    def test_argument_of_the_inner_optimizer(self, name, value, wrap):
+    @pytest.mark.parametrize("name", ["learning_rate", "clipnorm", "scales"])
+    def test_argument_of_the_inner_optimizer(self, name, wrap):
         inner = adam()
         with harness.refused(f"`{name}` must be passed to the inner"):
-            wrap(inner, **{name: value})
+            wrap(inner, **{name: 1.0})
+        # It may still be used by itself.
         assert isinstance(inner.learning_rate, keras.Variable)
 
     def test_argument_by_position(self, wrap):
@@ -526,24 +481,15 @@ class TestRefusedWhenMade:
 
 @every
 class TestRefusedSteps:
-    @pytest.mark.parametrize(
-        "shapes, rule",
-        [
-            ([(3, 2)], "`grads` must hold a gradient of its shape, or None"),
-            (
-                [(2,), (3, 2)],
-                "`grads` must hold a gradient of its shape, or None, for each "
-                "of the variables [(3, 2), (2,)]",
-            ),
-            ([None, None], "`grads` must hold a gradient of at least one"),
-        ],
-        ids=["number", "shapes", "none"],
-    )
-    def test_gradients_that_do_not_match(self, shapes, rule, wrap):
+    @pytest.mark.parametrize("shapes", [[(2,), (3, 2)], [None, None]])
+    def test_gradients_that_do_not_match(self, shapes, wrap):
         wrapped, mine = pair(wrap, adam)[1::2]
         gradients = [None if s is None else tf.ones(s) for s in shapes]
         for variables in (mine, None):
-            with harness.untouched(wrapped, *mine), harness.refused(rule):
+            with (
+                harness.untouched(wrapped, *mine),
+                harness.refused("`grads` must hold a gradient of"),
+            ):
                 wrapped.apply(gradients, variables)
 
     def test_variables_that_are_missing_or_unknown(self, wrap):
@@ -587,32 +533,12 @@ class TestRefusedSteps:
         with harness.untouched(weight, optimizer), harness.refused(rule):
             step()
 
-    @pytest.mark.parametrize("outside", ["both", "inner", "wrapper", "used"])
-    def test_of_an_optimizer_made_outside_the_scope(self, outside, wrap):
-        mirrored, default = harness.strategy_of(2), harness.strategy_of(1)
-        with (default if outside in ("both", "inner") else mirrored).scope():
-            inner = adam()
-        with (default if outside in ("both", "wrapper") else mirrored).scope():
+    def test_of_an_inner_optimizer_made_outside_the_scope(self, wrap):
+        inner, strategy = adam(), harness.strategy_of(2)
+        with strategy.scope():
             optimizer = wrap(inner)
-        used = default if outside == "used" else mirrored
-        with used.scope():
             weight = keras.Variable([1.0])
         rule = f"`{optimizer.name}` and its inner optimizer must be made in"
-        with harness.refused(rule):
-            used.run(lambda: optimizer.apply([tf.ones(1)], [weight]))
+        with harness.untouched(weight, optimizer), harness.refused(rule):
+            strategy.run(lambda: optimizer.apply([tf.ones(1)], [weight]))
         assert not optimizer.built
-        assert harness.first(weight) == [1.0]
-
-
-@every
-def test_refuses_the_state_of_another_optimizer(wrap):
-    wrapped = pair(wrap, adam)[1]
-    store = {}
-    wrapped.save_own_variables(store)
-    scalar = next(key for key in store if store[key].shape == ())
-    lacking = {key: value for key, value in store.items() if key != scalar}
-    reshaped = {**store, scalar: np.zeros(3)}
-    rule = f"The state saved for `{wrapped.name}` must be that of"
-    for other in (lacking, reshaped, {**store, "more": np.zeros(())}):
-        with harness.untouched(wrapped), harness.refused(rule):
-            wrapped.load_own_variables(other)

@@ -145,7 +145,7 @@ def combined(
     variables: list[Any],
     step: Step,
 ) -> Step:
-    """Takes each replica's own step; returns the combination of these steps.
+    """Takes each replica's own step if they are to be combined, then does so.
 
     Call it in replica context.
 
@@ -153,10 +153,11 @@ def combined(
         strategy: `tf.distribute.Strategy`.
         optimizer: Keras optimizer that passes `check`, built.
         variables: list of those to update.
-        step: `Step` with `combine_updates`.
+        step: `Step`.
 
     Returns:
-        `Step` without gradients, whose assignments apply the combined changes.
+        `Step` without gradients, whose assignments apply the combined changes;
+        the step itself if it has no `combine_updates`.
 
     Example:
 
@@ -169,6 +170,8 @@ def combined(
     >>> step.gradients, value.numpy().tolist()
     ([], [0.5])
     """
+    if step.combine_updates is None:
+        return step
     before = [tf.convert_to_tensor(v) for v in variables]
     updates.hand_off_if(
         step.finite,

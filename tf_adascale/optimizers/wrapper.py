@@ -286,11 +286,12 @@ class Wrapper(keras.optimizers.Optimizer):
         step = self.plan_step(variables, gradients, sample_sqnorm_sum, scale)
         gradients = [loss_scale.unscale(g, scale) for g in step.gradients]
         gradients = self._innermost._clip_gradients(gradients)
-        step = step._replace(gradients=gradients)
-        if step.combine_updates is not None:
-            step = inner_step.combined(
-                self._distribution_strategy, self._innermost, variables, step
-            )
+        step = inner_step.combined(
+            self._distribution_strategy,
+            self._innermost,
+            variables,
+            step._replace(gradients=gradients),
+        )
         self._take(variables, step)
 
     def _take(self, variables, step):

@@ -1,0 +1,118 @@
+"""Refusals of arguments: what each says, and when.
+
+That every wrapper refuses, and changes nothing then, is in `contract_test.py`.
+"""
+
+import keras
+import pytest
+import tensorflow as tf
+
+from tests import harness
+from tf_adascale import AdaScale, Adasum
+from tf_adascale.optimizers import checks
+
+SGD = keras.optimizers.SGD
+LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
+
+
+def decays_in_its_own_way():
+    class Decay(SGD):
+        def _apply_weight_decay(self, variables):
+            pass
+
+    return Decay()
+
+
+# What makes an inner optimizer, and what its refusal says.
+NO_OPTIMIZER = "`inner_optimizer` must be a keras.optimizers.Optimizer"
+NO_WRAPPER = "`inner_optimizer` must neither be a wrapper nor be in one"
+ACCUMULATES = "`gradient_accumulation_steps` must not be set on the inner"
+REFUSED = {
+    "name": (lambda: "sgd", NO_OPTIMIZER),
+    "class": (lambda: SGD, NO_OPTIMIZER),
+    "none": (lambda: None, NO_OPTIMIZER),
+    "wrapper": (lambda: AdaScale(SGD()), NO_WRAPPER),
+    "scaled_wrapper": (lambda: LossScaleOptimizer(Adasum(SGD())), NO_WRAPPER),
+    "inside_a_wrapper": (
+        lambda: AdaScale(SGD()).inner_optimizer,
+        NO_WRAPPER,
+    ),
+    "accumulates": (lambda: SGD(gradient_accumulation_steps=4), ACCUMULATES),
+    "scaled_accumulates": (
+        lambda: LossScaleOptimizer(SGD(gradient_accumulation_steps=4)),
+        ACCUMULATES,
+    ),
+    "own_weight_decay": (
+        decays_in_its_own_way,
+        "`inner_optimizer` must not override keras.optimizers.Optimizer."
+        "_apply_weight_decay",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_inner_optimizer(case):
+    make, rule = REFUSED[case]
+    with harness.refused(rule):
+        checks.check_inner_optimizer(make(), {}, wrapper="AdaScale")
+
+
+def test_inner_optimizer_that_may_be_wrapped():
+    for inner in (SGD(), LossScaleOptimizer(SGD())):
+        checks.check_inner_optimizer(inner, {}, wrapper="AdaScale")
+
+
+def test_arguments_of_the_inner_optimizer():
+    rule = "`clipnorm` must be passed to the inner optimizer, as in Adasum("
+    with harness.refused(rule, "{'clipnorm': 1.0}"):
+        checks.check_inner_optimizer(SGD(), {"clipnorm": 1.0}, wrapper="Adasum")
+
+
+@pytest.mark.parametrize(
+    "made, inner_made, used", [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 1)]
+)
+def test_optimizers_made_outside_the_scope(made, inner_made, used):
+    optimizers = []
+    for num_replicas in (made, inner_made):
+        with harness.strategy_of(num_replicas).scope():
+            optimizers.append(SGD())
+    rule = "`adascale` and its inner optimizer must be made in the scope of"
+    with harness.refused(rule, "optimizers made under {<tensorflow"):
+        harness.strategy_of(used).run(
+            lambda: checks.check_context("adascale", optimizers)
+        )
+
+
+def test_cross_replica_context():
+    with harness.strategy_of(2).scope():
+        optimizers = [SGD()]
+        rule = "`adascale.apply` must be called inside strategy.run, once per"
+        with harness.refused(rule, "strategy=<tensorflow"):
+            checks.check_context("adascale", optimizers)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 2)], [(2,), (3, 2)], [(3, 2), (3,)]])
+def test_gradients_that_do_not_match(shapes):
+    weights = harness.variables(harness.twos())
+    gradients = [tf.ones(shape) for shape in shapes]
+    rule = (
+        "`grads` must hold a gradient of its shape, or None, for each of the "
+        "variables [(3, 2), (2,)]"
+    )
+    with harness.refused(rule, f"gradients of shapes {shapes}"):
+        checks.matched_variables(gradients, weights)
+
+
+def test_gradients_that_match_as_far_as_is_known():
+    weights = harness.variables(harness.twos())
+    slices = tf.IndexedSlices(tf.ones((1, 2)), [0], tf.constant([3, 2]))
+    for kernel in (tf.ones((3, 2)), slices, None):
+        assert (
+            checks.matched_variables([kernel, None], iter(weights)) == weights
+        )
+
+
+def test_gradients_without_variables():
+    rule = "`trainable_variables` must be passed in the first call of `apply`"
+    with harness.refused(rule, "trainable_variables=None, 2 gradients"):
+        checks.matched_variables([None, None], None)
