@@ -190,20 +190,18 @@ def test_skipped_step_does_not_restart_the_averages():
     assert int(run.optimizer.skipped_steps) == 2
 
 
-@pytest.mark.parametrize("num_replicas, jit_compile", [(1, True), (2, False)])
-def test_in_fit(num_replicas, jit_compile):
+def test_in_fit():
     """Gradients of micro-batches are divided where they come up."""
     x, y = harness.regression(64)
-    with harness.strategy_of(num_replicas).scope():
-        inputs = keras.Input((3,))
-        outputs = keras.layers.Dense(1, kernel_initializer="ones")(inputs)
-        model = tf_adascale.Model(inputs, outputs)
-        model.compile(
-            AdamScale(adam(), smoothing=0.999),
-            "mse",
-            microbatches=4 // num_replicas,
-            jit_compile=jit_compile,
-        )
+    inputs = keras.Input((3,))
+    outputs = keras.layers.Dense(1, kernel_initializer="ones")(inputs)
+    model = tf_adascale.Model(inputs, outputs)
+    model.compile(
+        AdamScale(adam(), smoothing=0.999),
+        "mse",
+        microbatches=4,
+        jit_compile=True,
+    )
     harness.fit(model, x, y, batch_size=8)
     # The same by hand: 8 steps of 4 samples of 2 examples each.
     run = run_of(1, 4, shapes=[(3, 1), (1,)])
