@@ -3,6 +3,9 @@
 One *step* takes one batch: every replica computes on its part of it. One
 *execution* is up to `steps_per_execution` steps in one call from Python. The
 loop over the steps is in `Executor._execute`.
+
+Relies on `_element_spec` of `tf.experimental.Optional`, which TensorFlow does
+not document and Keras's own loop sets too. Checked on TensorFlow 2.18 to 2.21.
 """
 
 from collections.abc import Callable
@@ -50,10 +53,6 @@ class Executor:
         self._steps_per_execution = steps_per_execution
         if not run_eagerly:
             options = {"autograph": False, "reduce_retracing": True}
-            if strategy.num_replicas_in_sync == 1:
-                # Traced once, for the two calls in `_execute`. Under several
-                # replicas a function inside a tf.cond loses its placeholders.
-                self._step = tf.function(self._step, **options)
             self._execute = tf.function(self._execute, **options)
             self._execute_on = tf.function(self._execute_on, **options)
 
@@ -80,27 +79,46 @@ class Executor:
 
     def _execute(self, iterator):
         """Takes the steps of one execution, fewer where the data end."""
-        # The first step, outside the loop, raises if there is no batch, and
-        # gives the types of the loop's variables.
-        outputs = self._step(iterator.get_next())
         if self._steps_per_execution == 1:
-            return self._mean(outputs)
+            return self._mean(self._step(iterator.get_next()))
+
+        # The loop's variables are typed before its body is traced, but only a
+        # trace of the step tells the types of its outputs. An Optional can be
+        # told them later.
+        no_outputs = tf.experimental.Optional.empty(None)
+
+        def told(optional):
+            optional._element_spec = no_outputs.element_spec
+            return optional
 
         def is_due(steps, has_batch, _):
             return has_batch & (steps < self._steps_per_execution)
 
         def take(steps, _, outputs):
             batch = iterator.get_next_as_optional()
-            outputs = tf.cond(
-                batch.has_value(),
-                lambda: self._step(batch.get_value()),
-                lambda: outputs,
-            )
+
+            def step():
+                received = tf.experimental.Optional.from_value(
+                    self._step(batch.get_value())
+                )
+                no_outputs._element_spec = received.element_spec
+                return received
+
+            outputs = tf.cond(batch.has_value(), step, lambda: told(outputs))
             return steps + 1, batch.has_value(), outputs
 
         _, _, outputs = tf.while_loop(
-            is_due, take, (1, tf.constant(True), outputs)
+            is_due, take, (0, tf.constant(True), no_outputs)
         )
+
+        def end():
+            iterator.get_next()  # Raises, because no batch is left.
+            return False
+
+        with tf.control_dependencies(
+            [tf.cond(outputs.has_value(), lambda: True, end)]
+        ):
+            outputs = told(outputs).get_value()
         return self._mean(outputs)
 
     def _execute_on(self, batch):
