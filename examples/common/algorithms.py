@@ -67,8 +67,8 @@ def plan(
             root. "lsw" is linear scaling with warm-up, and "lsw_plus" is LSW
             stretched to `iterations`. "adascale" is the subject of this
             library, and "adamscale" is its form for Adam. "adasum" is
-            "average" with the updates of micro-batches and replicas combined
-            by Adasum.
+            "average", but Adasum combines the gradients of micro-batches and
+            the updates of replicas.
         schedule: `LearningRateSchedule` of the base batch.
         scales: sequence of (fraction, scale), see `elastic.parse`. Only
             `ELASTIC_ALGORITHMS` accept more than one pair.

@@ -271,6 +271,13 @@ class TestScale:
         np.testing.assert_allclose(optimizer.noise_scale, 4 / 3, rtol=1e-6)
 
 
+def test_default_smoothing_follows_the_samples():
+    # Ten samples of two base batches each: 1 - 10/1000.
+    optimizer = AdaScale(SGD(0.1), scale=20)
+    optimizer.microbatches = 10
+    assert optimizer.smoothing == 0.99
+
+
 @pytest.mark.parametrize("mode", harness.MODES)
 def test_public_numbers_before_the_first_step(mode):
     with harness.strategy_of(2).scope():

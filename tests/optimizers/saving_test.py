@@ -331,6 +331,20 @@ class TestStateOfAnotherModel:
         ):
             model.load_weights(path)
 
+    def test_of_plain_sgd_is_refused_by_the_weights_shapes(self):
+        # Without momentum nothing else that is saved depends on the model.
+        narrow, wide = (
+            make(lambda: AdaScale(keras.optimizers.SGD(0.1)), units=units)
+            for units in (3, 5)
+        )
+        store = {}
+        narrow.optimizer.save_own_variables(store)
+        with (
+            harness.untouched(*wide.optimizer.variables),
+            harness.refused("The state saved for `adascale` must be that of"),
+        ):
+            wide.optimizer.load_own_variables(store)
+
     def test_weights_without_an_optimizer_are_welcome(self, tmp_path):
         """As of a pretrained model, which was never compiled."""
         trained = scrambled(make(), seed=1)

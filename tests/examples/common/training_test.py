@@ -21,6 +21,7 @@ from tf_adascale import Model
 
 ADASCALE = {"algorithm": "adascale", "scale": 2}
 IDENTITY = {"algorithm": "identity"}
+ELASTIC = {"elastic": "0:2,0.25:4,0.5:2"}
 
 
 def one_layer(total_steps=16):
@@ -79,11 +80,13 @@ def whole(tmp_path_factory):
     """Function of settings: directory and result of a run without a stop."""
 
     @functools.cache
-    def trained(settings):
+    def trained(settings, log_rows):
         model_dir = tmp_path_factory.mktemp("whole") / "run"
         return model_dir, run(model_dir, **dict(settings))
 
-    return lambda **settings: trained(tuple(settings.items()))
+    return lambda **settings: trained(
+        tuple(settings.items()), training.LOG_ROWS
+    )
 
 
 class TestRun:
@@ -139,10 +142,10 @@ class TestRun:
         assert run(tmp_path, **IDENTITY, steps_per_execution=2) == result
         assert rows(tmp_path) == rows(model_dir)
 
-    def test_adascale_changes_its_scale_by_tau(self, tmp_path, monkeypatch):
+    def test_adascale_changes_its_scale_by_tau(self, whole, monkeypatch):
         monkeypatch.setattr(training, "LOG_ROWS", 100)  # A row per step.
-        run(tmp_path, elastic="0:2,0.25:4,0.5:2")
-        log = rows(tmp_path)
+        model_dir, _ = whole(**ELASTIC)
+        log = rows(model_dir)
         tau = [float(row["scale_invariant_step"]) for row in log]
         scales = [int(row["scale"]) for row in log]
         # T_SI = 16: S = 4 from the first step that begins at tau >= 4, and 2
@@ -254,6 +257,14 @@ class TestRun:
             run(tmp_path, **settings)
         assert not os.listdir(tmp_path)
 
+    def test_settings_reach_the_algorithm(self, tmp_path, monkeypatch):
+        def plan(algorithm, schedule, **kwargs):
+            raise RuntimeError(f"{algorithm}, {kwargs['smoothing']}")
+
+        monkeypatch.setattr(training.algorithms, "plan", plan)
+        with pytest.raises(RuntimeError, match=r"adamscale, 0\.5"):
+            run(tmp_path, algorithm="adamscale", smoothing=0.5)
+
     def test_scales_must_be_multiples_of_the_replicas(self):
         settings = training.Settings(elastic="0:2,0.5:3")
         with harness.refused("`scale` must be replicas", "scale=3, replicas=2"):
@@ -266,13 +277,15 @@ class TestResume:
         [
             # The row is in the log already, but the checkpoint is not saved.
             (ADASCALE, "on_epoch_end", 2),
-            ({"elastic": "0:2,0.5:4"}, "on_epoch_begin", 4),
+            (ELASTIC, "on_epoch_begin", 4),
         ],
         ids=str,
     )
     def test_interrupted_run_resumes_exactly(
         self, tmp_path, monkeypatch, whole, settings, hook, epoch
     ):
+        if "elastic" in settings:
+            monkeypatch.setattr(training, "LOG_ROWS", 100)  # A row per step.
         original = getattr(training.Progress, hook)
 
         def interrupted(self, number, logs=None):
