@@ -40,6 +40,25 @@ def pytest_configure(config):
     )
     # There is a worker per core, and several replicas in each.
     tf.config.threading.set_intra_op_parallelism_threads(1)
+    _disable_autotuning(tf)
+
+
+def _disable_autotuning(tf):
+    """Makes datasets without the thread that tunes their parallelism.
+
+    When an iterator is deleted, TensorFlow wakes this thread and waits until it
+    ends. If the thread goes back to sleep just before it is told to end, the
+    wait takes as long as its pause, up to a minute. On a busy machine this
+    happens to some iterators in a hundred.
+    """
+
+    def untuned(dataset):
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return dataset.with_options(options)
+
+    # TensorFlow calls this to make an iterator.
+    tf.data.Dataset._apply_debug_options = untuned
 
 
 @pytest.fixture
