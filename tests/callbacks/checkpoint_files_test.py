@@ -1,4 +1,4 @@
-"""Checkpoints: damaged, unfinished, of other objects, and on a full disk."""
+"""Checkpoints that are damaged, unfinished, foreign or on a full disk."""
 
 import contextlib
 import pathlib
@@ -17,7 +17,7 @@ INDEX, DATA = "ckpt-2.index", "ckpt-2.data-00000-of-00001"
 
 
 def objects(number):
-    """Variables of several types and shapes, all of which hold a number."""
+    """Returns variables of several types and shapes that hold a number."""
     return {
         "parts": [
             tf.Variable(tf.fill((50, 3), float(number))),
@@ -35,7 +35,7 @@ def put(held, number):
 
 
 def number_in(held):
-    """The number that all variables hold; fails if they hold several."""
+    """Returns the number that all variables hold."""
     matrix, integer = held["parts"]
     numbers = {*matrix.numpy().ravel().tolist(), int(integer.numpy())}
     (number,) = numbers | {int(held["text"].numpy())}
@@ -47,7 +47,7 @@ def opened(directory, held, kind="kind"):
 
 
 def restored(directory):
-    """The number in the newest checkpoint that can be read."""
+    """Returns the number in the newest checkpoint that can be read."""
     held = objects(0)
     opened(directory, held).restore()
     return number_in(held)
@@ -78,7 +78,7 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def directory(template, tmp_path):
-    """A directory with checkpoints 1 and 2, which hold those numbers."""
+    """A directory with checkpoints 1 and 2, which hold 1 and 2."""
     return pathlib.Path(shutil.copytree(template, tmp_path / "run"))
 
 
@@ -118,11 +118,11 @@ class TestRestore:
         held = objects(7)
         assert opened(directory, held).restore() is None
         assert number_in(held) == 7
-        # Only saving makes it.
+        # Only saving makes the directory.
         assert directory.exists() == exists
 
     def test_the_newest_by_number(self, tmp_path):
-        # As text, "ckpt-10" stands before "ckpt-9".
+        # As text, "ckpt-10" is before "ckpt-9".
         held = objects(0)
         run = opened(tmp_path, held)
         for number in range(1, 12):
@@ -131,7 +131,7 @@ class TestRestore:
         path = opened(tmp_path, held).restore()
         assert path == str(tmp_path / "ckpt-11")
         assert number_in(held) == 11
-        # There is no list of checkpoints that could be wrong.
+        # TensorFlow's list of checkpoints is not written.
         assert not (tmp_path / "checkpoint").exists()
 
     @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ class TestRestore:
         assert number_in(held) == 1
 
     def test_skips_what_has_no_index(self, directory):
-        # So looks a save that was killed: nothing is damaged.
+        # A killed save leaves exactly this. No file is damaged.
         (directory / INDEX).unlink()
         assert restored(directory) == 1
 
@@ -226,7 +226,7 @@ TEXT, NONE = "text: string, shape ()", "no such variable"
 def test_checkpoints_of_other_objects_are_refused(
     change, found, expected, directory
 ):
-    """A change's 0 and 1 are the parts as they were; None leaves one out."""
+    """In a change, 0 and 1 are unchanged parts, and None removes one."""
     held = objects(7)
     parts = held["parts"]
     kind = change.get("kind", "kind")
@@ -253,7 +253,7 @@ def test_checkpoints_of_other_objects_are_refused(
 
 
 def test_checkpoints_without_a_signature_are_refused(tmp_path):
-    # As they were written before there was one.
+    # Checkpoints without a signature.
     held = objects(1)
     tf.train.Checkpoint(**held).write(str(tmp_path / "ckpt-1"))
     with harness.refused("`directory` must hold checkpoints of this model"):
@@ -262,7 +262,7 @@ def test_checkpoints_without_a_signature_are_refused(tmp_path):
 
 @contextlib.contextmanager
 def disk_with(free_bytes):
-    """Lets no file grow beyond a size: so fails a write to a full disk."""
+    """Makes writes fail at a file size, as they do on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
     try:
@@ -277,7 +277,7 @@ def deny(path):
 
 class TestSave:
     def next_process(self, directory, number=3):
-        """Restores, as the next process does, and puts in another number."""
+        """Restores like the next process, and assigns another number."""
         held = objects(0)
         run = opened(directory, held)
         run.restore()
@@ -306,7 +306,7 @@ class TestSave:
             run, _ = self.next_process(directory)
         run.save()
         assert restored(directory) == 3
-        # The other one is whole too.
+        # The other checkpoint is whole too.
         newest = indices(directory)[-1]
         assert len(indices(directory)) == 2
         (directory / newest).unlink()
@@ -341,7 +341,7 @@ class TestSave:
         assert names <= {path.name for path in directory.iterdir()}
 
     def test_is_the_newest_though_it_restored_nothing(self, directory):
-        # Two of them in one directory: the later save counts.
+        # Two objects save to one directory: the later save counts.
         opened(directory, objects(9)).save()
         assert restored(directory) == 9
 
@@ -357,10 +357,10 @@ class TestSave:
         assert warning.filename == __file__
         path = directory / "ckpt-3"
         assert f"checkpoint {path} could not be saved" in str(warning.message)
-        # Nothing is lost, nothing is left to fill the disk.
+        # No checkpoint is lost, and no partial file stays.
         assert contents(directory) == before
         assert restored(directory) == 2
-        # There is room again.
+        # The disk has room again.
         put(held, 4)
         run.save()
         assert restored(directory) == 4
@@ -397,7 +397,7 @@ class TestSave:
         run.save()
         newest = indices(directory)[-1]
         (directory / newest).unlink()
-        # The one before it is whole.
+        # The checkpoint before is whole.
         assert restored(directory) == 2
 
     def test_warns_of_a_directory_that_cannot_be(self, tmp_path):

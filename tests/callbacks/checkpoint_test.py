@@ -1,4 +1,4 @@
-"""`Checkpoint`: a run that goes on in the next process, and ends on SIGTERM."""
+"""`Checkpoint`: the next process resumes a run, and SIGTERM ends it."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ from tf_adascale.distribute import workers
 ROWS = np.random.default_rng(1).normal(size=(6, 12, 4)).astype("float32")
 
 
-# What a run may be of: everything must be saved, and go on to the bit.
+# Models and optimizers of runs. All of their state must be saved.
 
 
 class Listed(tf_adascale.Model):
-    """Holds its layers in a list, and a layer that draws random numbers."""
+    """A subclass with a list of layers, one of which is random."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Listed(tf_adascale.Model):
 
 
 def functional(cls=tf_adascale.Model):
-    """A model with statistics, and a layer that draws random numbers."""
+    """Returns a model with moving statistics and a random layer."""
     inputs = keras.Input((4,))
     x = keras.layers.Dense(3)(inputs)
     x = keras.layers.BatchNormalization()(x)
@@ -102,7 +102,7 @@ RUNS = {
 
 
 def built(name="small", *, seed=0, microbatches=2, **compiled):
-    """The model of a run, built; what is drawn depends on the seed."""
+    """Returns the built model of a run. The seed sets its random numbers."""
     keras.utils.set_random_seed(seed)
     make_model, make_optimizer = RUNS[name]
     model = make_model()
@@ -114,13 +114,13 @@ def built(name="small", *, seed=0, microbatches=2, **compiled):
 
 
 def endless(start=0):
-    """Batches of 12 that depend on their number only."""
+    """Returns batches of 12 that depend on their number only."""
     rows = tf.data.Dataset.from_tensor_slices(ROWS).repeat().skip(start)
     return rows.map(lambda x: (x, tf.reduce_sum(x, axis=1, keepdims=True)))
 
 
 def digest(model):
-    """All that a run has, to the bit."""
+    """Returns the bytes of all state of a run."""
     return [
         np.array(variable.numpy()).tobytes()
         for variable in [*model.variables, *model.optimizer.variables]
@@ -132,8 +132,8 @@ def counts(checkpoint):
 
 
 def go_on(model, checkpoint, *, epochs, callbacks=(), **arguments):
-    """Trains as `Checkpoint` says; returns the digest of the last epoch."""
-    digests = []  # At an epoch's end: after the last one Keras averages.
+    """Trains as `Checkpoint` documents; returns the last epoch's digest."""
+    digests = []  # Of epochs, because Keras averages weights after the last.
     look = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: digests.append(digest(model))
     )
@@ -156,7 +156,7 @@ class TestCheckpoint:
         assert not any(tmp_path.iterdir())
         go_on(model, checkpoint, epochs=1)
         assert counts(checkpoint) == (1, 2)
-        # It may be used again.
+        # The callback can be used again.
         go_on(model, checkpoint, epochs=3)
         assert counts(checkpoint) == (3, 6)
         again = Checkpoint(tmp_path, model=built())
@@ -192,7 +192,7 @@ class TestCheckpoint:
         "name, inside", [("moments", False), ("adasum", True)]
     )
     def test_goes_on_with_other_replicas(self, name, inside, tmp_path):
-        # Scale 4 throughout, by replicas or by micro-batches.
+        # The scale stays 4, from replicas or from micro-batches.
         saved = None
         for epochs, count in enumerate([1, 4, 2], start=1):
             strategy = harness.strategy_of(count)
@@ -248,7 +248,7 @@ class TestCheckpoint:
         assert counts(checkpoint) == (2, 10)
 
     def test_a_finished_run_takes_a_step_more(self, tmp_path):
-        """`StopAtScaleInvariantStep` asks after a step."""
+        """`StopAtScaleInvariantStep` stops after a step, not before one."""
         steps = []
         for seed in range(2):
             model = built("moments", seed=seed)
@@ -310,7 +310,7 @@ class TestRefused:
     def test_a_checkpoint_of_an_optimizer_with_the_same_variables(
         self, tmp_path
     ):
-        # Lion's momenta are no SGD's.
+        # The momenta of Lion and SGD differ in meaning.
         models = [small(), small()]
         models[0].compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
         models[1].compile(keras.optimizers.Lion(0.1), "mse")
@@ -379,7 +379,7 @@ def sigterm():
 
 
 class Sends(keras.callbacks.Callback):
-    """Sends SIGTERM to this process, and keeps which events it sees."""
+    """Sends SIGTERM to this process, and records the events it sees."""
 
     def __init__(self, event, *, at=1):
         super().__init__()
@@ -409,7 +409,7 @@ class Sends(keras.callbacks.Callback):
 
 
 class Raises(keras.callbacks.Callback):
-    """Fails at the end of the first batch."""
+    """Raises at the end of the first batch."""
 
     def on_train_batch_end(self, batch, logs=None):
         raise InterruptedError
@@ -426,7 +426,7 @@ class TestSigterm:
 
     @pytest.fixture
     def run(self, tmp_path):
-        """A model and its checkpoint."""
+        """Returns a model and its checkpoint."""
         model = built()
         return model, Checkpoint(tmp_path, model=model)
 
@@ -449,7 +449,7 @@ class TestSigterm:
         again = built(seed=1)
         assert counts(Checkpoint(tmp_path, model=again)) == (2, 6)
         assert digest(again) == digest(run[0])
-        # Whoever listened before listens again.
+        # The handler from before `fit` is back.
         assert not handled
         sigterm()
         assert handled == [1]
@@ -462,7 +462,7 @@ class TestSigterm:
         assert checkpoint.step == 1
         model = built(seed=1)
         checkpoint = Checkpoint(tmp_path / "parts", model=model)
-        # What is left of the epoch is not made up for: 1 + 2 + 2 + 2 steps.
+        # The rest of the interrupted epoch is not repeated: 1 + 2 + 2 + 2.
         go_on(model, checkpoint, epochs=4)
         assert checkpoint.step == 7
         last = go_on(model, checkpoint, epochs=5, steps_per_epoch=1)
@@ -474,7 +474,7 @@ class TestSigterm:
             ("epoch begin", 1, 1, 1),
             ("epoch begin", 2, 2, 3),
             ("epoch end", 1, 2, 3),
-            # Nothing is left to be done: the next process finds so.
+            # Training is complete; the next process finds that.
             ("epoch end", 3, 3, 6),
             ("train end", 1, 3, 6),
         ],
@@ -498,7 +498,7 @@ class TestSigterm:
         step, files = seen
         assert step == "step"
         assert "ckpt-1.index" in files
-        # Once is enough.
+        # One save is enough.
         assert sorted(os.listdir(tmp_path)) == sorted(files)
 
     def test_ends_after_an_execution_of_several_steps(self, tmp_path):
@@ -542,7 +542,7 @@ class TestSigterm:
         assert counts(run[1]) == (3, 5)
 
     def test_needs_no_main_thread(self, run, handled):
-        """Only the main thread may set a handler."""
+        """Only the main thread can set a handler."""
         thread = threading.Thread(target=go_on, args=run, kwargs={"epochs": 2})
         thread.start()
         thread.join()

@@ -22,15 +22,15 @@ NAMES = {
 }
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
 
-# All signal, so the gain is 1; all noise, so it is 2; and between the two: A =
-# 3/2, T = 5/4, gain = A/T = 6/5.
+# All signal: gain 1. All noise: gain 2. Between the two: A = 3/2, T = 5/4,
+# gain = A/T = 6/5.
 EQUAL = [[1, 2], [1, 2]]
 OPPOSITE = [[1, 2], [-1, -2]]
 BETWEEN = [[1, 0], [1, 1]]
 
 
 def linear_model(rate=0.125, *, num_replicas=1, smoothing=None, **compiled):
-    """A model of which two rows of inputs are two gradient samples."""
+    """Returns a model whose two input rows are its gradient samples."""
     with harness.strategy_of(num_replicas).scope():
         optimizer = tf_adascale.AdaScale(
             keras.optimizers.SGD(rate), smoothing=smoothing
@@ -41,13 +41,13 @@ def linear_model(rate=0.125, *, num_replicas=1, smoothing=None, **compiled):
 
 
 def batches(samples, steps, *, size=2):
-    """Batches of the rows of `samples`, which are repeated."""
+    """Returns batches of `samples`, repeated for each step."""
     rows = np.tile(np.array(samples, "float32"), (steps, 1))
     return harness.batches(rows, np.zeros((len(rows), 1), "float32"), size)
 
 
 def noisy(steps, *, size=2):
-    """Batches of samples whose gain changes from step to step."""
+    """Returns batches of samples whose gain changes at every step."""
     samples = np.random.default_rng(0).normal(0.3, 1.0, (size * steps, 2))
     return batches(samples, 1, size=size)
 
@@ -58,7 +58,7 @@ def progress(model):
 
 class TestStopAtScaleInvariantStep:
     def test_stops_at_the_first_step_that_reaches_the_total(self):
-        # Each step stands for itself, and each fit goes on from the last one.
+        # Without averages. Each fit continues from the last one.
         model = linear_model(smoothing=0.0)
         for samples, total_steps, expected in [
             (EQUAL, 5, 5),
@@ -196,9 +196,9 @@ class TestScalingLog:
                 assert len(board[tag]) == count
                 if tag != "epoch_learning_rate":
                     assert board[tag][-1] == pytest.approx(value, rel=1e-6)
-        # TensorBoard puts the rate of the optimizer in place of the log's. In
-        # Keras 3.15 that is the inner one's; in 3.10 it is the wrapper's, which
-        # reads as the base rate if it can be set.
+        # TensorBoard replaces the log's rate by the optimizer's: in Keras 3.15
+        # the inner optimizer's, in 3.10 the wrapper's, which is the base rate
+        # if it can be set.
         optimizer = model.optimizer
         shown = optimizer
         if keras.version() >= "3.15":
@@ -212,7 +212,7 @@ class TestScalingLog:
         )
 
     def tensorboard(self, path):
-        """The values of each tag that were written."""
+        """Returns the values that were written for each tag."""
         events = event_accumulator.EventAccumulator(
             str(path), size_guidance={"tensors": 0}
         )
@@ -257,7 +257,7 @@ class TestKerasCallbacksBesideIt:
 
         halve = keras.callbacks.LearningRateScheduler(halved)
         harness.fit(model, batches(BETWEEN, 2), callbacks=[halve], epochs=3)
-        # It reads what it set, without the gain.
+        # The callback reads the rate that it set, without the gain.
         assert seen == [0.125, 0.0625, 0.03125]
         rate = float(model.optimizer.effective_learning_rate)
         assert rate == pytest.approx(1.2 * 0.015625, rel=1e-6)
@@ -268,6 +268,6 @@ class TestKerasCallbacksBesideIt:
             monitor="loss", factor=0.5, patience=1, min_delta=1e9
         )
         harness.fit(model, batches(BETWEEN, 2), callbacks=[plateau], epochs=3)
-        # The first epoch is the best; each of the other two is a plateau.
+        # The first epoch is the best. The other two are plateaus.
         rate = float(model.optimizer.effective_learning_rate)
         assert rate == pytest.approx(1.2 * 0.125 / 4, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Collectives: what all replicas compute together, the same on each."""
+"""Collectives: all replicas compute the same together."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tf_adascale.distribute import collectives
 
 
 def index():
-    """This replica's number, as a float32."""
+    """Returns this replica's number, as a float32."""
     context = tf.distribute.get_replica_context()
     return tf.cast(context.replica_id_in_sync_group, tf.float32)
 
@@ -78,7 +78,7 @@ class TestTotal:
         )
         on_each(2, lambda: collectives.total([index()] * 5))
         assert calls == [(tf.distribute.ReduceOp.SUM, 5)] * 2
-        # One replica has nothing to wait for.
+        # One replica calls no collective.
         on_each(1, lambda: collectives.total([index()] * 5))
         assert len(calls) == 2
 
@@ -117,7 +117,7 @@ class TestInnerProducts:
             )
 
         one, *others = on_each(count, function)
-        # The same on every replica to the bit.
+        # All replicas have equal bits.
         assert all(other.tobytes() == one.tobytes() for other in others)
         assert one.dtype == np.float64
         rows = [value.reshape(count, -1) for value in values]
@@ -146,7 +146,7 @@ class TestInnerProducts:
             assert result.shape == (len(dtypes), 2, 2)
 
     def test_pieces_wait_for_one_another(self, monkeypatch):
-        """A replica holds no more than one of all replicas at a time."""
+        """A replica holds one piece of each other replica at a time."""
         monkeypatch.setattr(collectives, "BYTES_PER_GATHER", 8 * 10)
         sent, received = [], []
         stock = collectives.gathered
@@ -171,7 +171,7 @@ class TestInnerProducts:
 
 
 def ancestors(operation):
-    """All operations that must run before one of a graph."""
+    """Returns all operations that must run before one."""
     found, left = set(), [operation]
     while left:
         operation = left.pop()

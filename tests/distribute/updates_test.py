@@ -1,4 +1,4 @@
-"""Updates of variables: where they are allowed, and on every device."""
+"""Updates of variables, on every device, in the contexts that allow it."""
 
 import keras
 import pytest
@@ -11,20 +11,20 @@ each_count = pytest.mark.parametrize("count", [1, 3])
 
 
 def index():
-    """This replica's number, as a float32."""
+    """Returns this replica's number, as a float32."""
     context = tf.distribute.get_replica_context()
     return tf.cast(context.replica_id_in_sync_group, tf.float32)
 
 
 def values(strategy, value):
-    """The parts of a value, of one replica each."""
+    """Returns the replicas' parts of a value."""
     value = value.value if isinstance(value, keras.Variable) else value
     return [float(v) for v in strategy.experimental_local_results(value)]
 
 
 @pytest.fixture(params=[False, True], ids=["eager", "function"])
 def run(request):
-    """A function that runs another on each replica of a strategy."""
+    """Returns a function that runs another one on each replica."""
 
     def run(strategy, function):
         def step():

@@ -1,4 +1,4 @@
-"""Workers: how many there are, which one saves, when all of them stop."""
+"""Workers: their number, the one that saves, and agreement to stop."""
 
 import pytest
 import tensorflow as tf
@@ -8,7 +8,7 @@ from tf_adascale.distribute import workers
 
 
 class Cluster(tf.distribute.MultiWorkerMirroredStrategy):
-    """A strategy that knows of its workers, and starts nothing."""
+    """A strategy that has a cluster and starts nothing."""
 
     def __init__(self, cluster):
         self._cluster = cluster
@@ -33,7 +33,7 @@ TWO = {"worker": ["a:1", "b:1"]}
         ({"worker": ["a:1"]}, 1),
         (TWO, 2),
         ({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, 3),
-        # These do not train.
+        # Evaluators and parameter servers do not train.
         ({**TWO, "evaluator": ["c:1"], "ps": ["d:1", "e:1"]}, 2),
     ],
 )
@@ -79,7 +79,7 @@ class TestAgree:
     def two_workers(self, monkeypatch):
         monkeypatch.setattr(workers, "num_workers", lambda strategy: 2)
 
-    # More than float64 and int32 can hold.
+    # Beyond the whole numbers of float64 and int32.
     @pytest.mark.parametrize("number", [0, 7, 2**31 + 1, 2**60 + 1])
     def test_all_have_the_same(self, number):
         assert workers.agree(harness.strategy_of(2), number) is True
@@ -89,7 +89,7 @@ class TestAgree:
         reduce = strategy.reduce
 
         def reduce_with_anothers(operation, value, axis):
-            # One replica's number is larger by one.
+            # Like a replica whose number is larger by one.
             return reduce(operation, value, axis=axis) + 1
 
         monkeypatch.setattr(strategy, "reduce", reduce_with_anothers)
@@ -119,7 +119,7 @@ def test_variables_that_only_all_workers_can_read(
         )
     two = Cluster(TWO)
     assert workers.only_all_workers_can_read(two, variable) is expected
-    # One process has all the parts.
+    # One process reads all parts.
     assert not workers.only_all_workers_can_read(mirrored, variable)
 
 

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def log(tmp_path):
-    """As much signal as noise: T(S) = 90 (S + 1) / (2 S)."""
+    """A log with as much signal as noise: T(S) = 90 (S + 1) / (2 S)."""
     path = tmp_path / "run.csv"
     path.write_text(
         "gradient_sqnorm,gradient_variance,scale_invariant_step\n"
@@ -35,7 +35,7 @@ def log(tmp_path):
         ("10,20,...,50", [10, 20, 30, 40, 50]),
         ("2,4,6,...,10", [2, 4, 6, 8, 10]),
         ("1,10,...,100,200,...,400", [1, 10, 100, 200, 400]),
-        # Thirds are not exact; the end is as it was written.
+        # Thirds are not exact. The last scale is the one given.
         ("0.1,0.3,...,8.1", [0.1, 0.3, 0.9, 2.7, 8.1]),
     ],
 )
@@ -117,7 +117,7 @@ class TestMain:
     @pytest.mark.parametrize(
         "content, message",
         [
-            # More than a field of a CSV may have.
+            # Longer than Python's CSV reader allows.
             ("x" * 200_000, "field larger than"),
             (
                 "gradient_sqnorm,gradient_variance,scale_invariant_step\n1,",
@@ -145,5 +145,5 @@ def test_a_process_prints_the_table_and_warns_of_nothing(log):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2] == "4        56.2      1.60      40.0 %"
-    # runpy warns of a module that its package has imported before.
+    # runpy would warn of a module that its package imports.
     assert "Warning" not in done.stderr

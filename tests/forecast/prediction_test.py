@@ -22,14 +22,14 @@ def gain_of(variance, sqnorm, scale):
 
 
 def constant(variance, sqnorm, *, total=90.0, rows=9):
-    """The record of a run whose moments do not change."""
+    """Returns the record of a run with constant moments."""
     tau = np.linspace(total / rows, total, rows)
     moments = (np.full(rows, float(x)) for x in (variance, sqnorm))
     return forecast.Record(tau, *moments)
 
 
 def decaying(progress):
-    """Moments of a training whose noise scale grows from 10 to 550."""
+    """Returns moments whose noise scale grows from 10 to 550."""
     return 5 * math.exp(-2 * progress), 0.5 * math.exp(-6 * progress)
 
 
@@ -53,8 +53,8 @@ def simulated(scale, *, total, rows_every=1):
 class TestIterations:
     @pytest.mark.parametrize("scale", SCALES)
     def test_closed_forms(self, scale):
-        # As much signal as noise: r_S = 2 / (1/S + 1) = 2 S / (S + 1). Nothing
-        # but noise: r_S = S. Nothing but signal: 1.
+        # As much signal as noise: r_S = 2 / (1/S + 1) = 2 S / (S + 1). All
+        # noise: r_S = S. All signal: 1.
         for moments, expected in [
             ((1, 1), 90 * (scale + 1) / (2 * scale)),
             ((3, 0), 90 / scale),
@@ -72,7 +72,7 @@ class TestIterations:
         assert forecast.iterations(record, 4) == pytest.approx(16, rel=1e-12)
 
     def test_of_negative_averages(self):
-        # As estimator="ratio" has them; r_S = S where sigma^2/S + mu^2 < 0:
+        # Possible with estimator="ratio". r_S = S where sigma^2/S + mu^2 < 0:
         # 5/16 - 2 < 0.
         result = forecast.iterations(constant(5, -2), 16)
         assert result == pytest.approx(90 / 16)
@@ -104,8 +104,8 @@ class TestIterations:
 
     @pytest.mark.parametrize(
         "scale, rows_every, tolerance",
-        # A row stands for the stretch that ends with it, so rows of several
-        # steps are as coarse as the gain changes within them.
+        # A row stands for the stretch that ends with it. Rows of several steps
+        # are less exact if the gain changes within them.
         [(4, 1, 1e-9), (2000, 1, 1e-9), (16, 7, 0.01)],
     )
     def test_at_the_own_scale_are_the_steps_taken(
@@ -152,7 +152,7 @@ class TestLaws:
         st.floats(1, 1e6),
     )
     def test_gains_lie_between_one_and_the_scale(self, steps, scale):
-        """Whatever the averages are, also those that no run would have."""
+        """Holds for all averages, including some that no run would have."""
         gains, *averages = np.array(steps).T
         tau = np.cumsum(gains + 0.1)
         result = forecast.iterations(forecast.Record(tau, *averages), scale)
@@ -179,7 +179,7 @@ def test_rows_have_the_speedup_over_one_whatever_the_scales():
     # 900 * 9/16 and 900 * 3/4, of 900.
     expected = [(8, 506.25, 16 / 9, 2 / 9), (2, 675, 4 / 3, 2 / 3)]
     np.testing.assert_allclose(rows, expected, rtol=1e-9)
-    # 90 * 5/8 of the record's own 90.
+    # 90 * 5/8 = 56.25 of the record's 90.
     (row,) = forecast.rows(constant(1, 1), [4])
     assert row == pytest.approx((4.0, 56.25, 1.6, 0.4), rel=1e-9)
 

@@ -1,4 +1,4 @@
-"""Records: runs that were logged, read back, and logs that are none."""
+"""Records: logs that are read, and files that are not logs."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_a_recorded_run_took_as_many_steps_at_its_own_scale(
     model.compile(optimizer, "mse", microbatches=microbatches)
     size = 8 * microbatches
     dataset = harness.batches(*harness.regression(size * steps), size)
-    # A row of the log for each step.
+    # One row of the log per step.
     history = harness.fit(
         model,
         dataset.repeat(),
@@ -38,10 +38,10 @@ def test_a_recorded_run_took_as_many_steps_at_its_own_scale(
             keras.callbacks.CSVLogger(str(path)),
         ],
     )
-    # The gain changes: no constant would do.
+    # The gain changes, so a constant would not fit.
     assert np.ptp(history.history["gain"]) > 0.1
     record = forecast.read(history)
-    # The gains are float32; to "ratio", its epsilon of 1e-6 is not known.
+    # The gains are float32, and the log lacks the epsilon of "ratio", 1e-6.
     result = forecast.iterations(record, microbatches)
     assert result == pytest.approx(steps, rel=1e-6)
     for name, column in record._asdict().items():
@@ -71,7 +71,7 @@ class TestFiles:
         )
 
     def test_rows_without_a_step_are_left_out(self, tmp_path):
-        # As under mixed_float16, whose first steps are often skipped.
+        # Under mixed_float16 the first steps are often skipped.
         path = written(
             tmp_path,
             HEADER,
@@ -88,7 +88,7 @@ class TestFiles:
             ([], "run.csv, line 1: columns=["),
             (["epoch,loss", "0,0.5"], "run.csv, line 1: columns=['epoch', "),
             ([HEADER], "run.csv', with 0 rows"),
-            # A run of one sample per step at S = 1 measures nothing.
+            # One sample per step at S = 1: no moments.
             ([HEADER, "0,1,0,0,1", "1,1,0,0,2"], "run.csv', with 2 rows"),
             ([HEADER, "0,1.5,1,3,1.5", "1,1.5,1"], "line 3: fields=['1', "),
             ([HEADER, "0,1.5,1,3,1.5,7"], "run.csv, line 2: fields="),

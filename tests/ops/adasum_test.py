@@ -19,7 +19,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
 def walked(inputs):
-    """Adasum in float64, by what its definition says of vectors."""
+    """Returns the Adasum of vectors in float64, by its definition."""
     nodes = [np.asarray(value, "float64") for value in inputs]
     while len(nodes) > 1:
         pairs = zip(nodes[::2], nodes[1::2])
@@ -41,7 +41,7 @@ def combine(inputs, dtype="float64"):
 
 
 def by_coefficients(inputs, dtype="float64"):
-    """The same from the inner products, of vectors."""
+    """Returns the Adasum of vectors, from their inner products."""
     rows = np.asarray(inputs, dtype)
     factors = adasum_ops.coefficients(tf.constant(rows @ rows.T)).numpy()
     assert factors.dtype == rows.dtype
@@ -111,7 +111,7 @@ class TestOracle:
             assert_close(factors[place] @ layer, walked(layer), layer)
 
     def test_coefficients_are_those_of_the_tree(self):
-        """They say where an odd one goes: not through all levels."""
+        """A left-over input skips levels, which changes the factors."""
         # Orthogonal but for x_4 = x_0, of five. x_0 to x_3 are added, and their
         # sum s, |s|^2 = 4, meets x_4: s.x_4 = 1, so that s counts
         # 1 - 1/8 = 7/8 and x_4 counts 1 - 1/2 = 1/2.
@@ -191,7 +191,7 @@ class TestObviousCases:
 
 
 class TestLaws:
-    """Properties, of 50 layers at a time in float64."""
+    """Properties of Adasum, for 50 layers at a time in float64."""
 
     counts = pytest.mark.parametrize("count", [2, 3, 8, 13])
 
@@ -215,14 +215,14 @@ class TestLaws:
 
     @pytest.mark.parametrize("count", [2, 4, 16])
     def test_of_parallel_inputs_is_the_mean(self, count):
-        """Of any lengths: (1/2 + c/2) a for a and c a."""
+        """Parallel inputs are averaged: a and c a make (1/2 + c/2) a."""
         lengths = np.random.default_rng(0).uniform(0.1, 3, (50, count, 1))
         inputs = lengths * normal(50, 1, 24, seed=count)
         self.assert_combines_to(inputs, inputs.mean(1))
 
     @given(st.lists(st.integers(-3, 3), min_size=16, max_size=16))
     def test_is_the_walk_also_where_inputs_are_special(self, entries):
-        """As small whole numbers often are: equal, opposite, orthogonal, 0."""
+        """Small whole numbers are often equal, opposite, orthogonal or 0."""
         inputs = np.reshape(entries, (2, 4, 2)).astype("float64")
         self.assert_combines_to(inputs, [walked(rows) for rows in inputs])
 
@@ -243,7 +243,7 @@ class TestTooSmallToDivideBy:
 
     def test_horovods_threshold_in_float64(self):
         """A squared norm under 1.5e-154 has the factor 1."""
-        # Of a and a: 1 - 1/2 each above, 1 below; lengths 1.26e-77, 1.18e-77.
+        # For a and a: 1 - 1/2 each above, 1 below; lengths 1.26e-77, 1.18e-77.
         for square, factor in [(1.6e-154, 0.5), (1.4e-154, 1.0)]:
             products = tf.constant(np.full((2, 2), square))
             factors = adasum_ops.coefficients(products).numpy()
@@ -255,11 +255,11 @@ class TestTooSmallToDivideBy:
             )
 
     def test_tiny_beside_huge_in_float64(self):
-        # 1e-80 is as good as 0: its factor is 1, and that of (1, 1) is
+        # 1e-80 counts as 0: its factor is 1, and that of (1, 1) is
         # 1 - 1e-80/4 = 1.
         received = combine([[1e-80, 0.0], [1.0, 1.0]])
         assert received.tolist() == [1.0, 1.0]
-        # Orthogonal ones are added whatever their lengths.
+        # Orthogonal inputs are added, whatever their lengths.
         received = combine([[1e-80, 0.0], [0.0, 1e150]])
         assert received.tolist() == [1e-80, 1e150]
         # Squared norms of 1e300; equal ones make their mean.
@@ -273,7 +273,7 @@ class TestTooSmallToDivideBy:
     def test_parallel_over_the_range_is_the_mean(
         self, dtype, least, most, tolerance, way
     ):
-        """What Horovod's tests of stability ask for."""
+        """Lengths from the smallest to the largest, as in Horovod's tests."""
         for count in (2, 4):
             powers = np.arange(1, count + 1) / count
             lengths = most**powers * least ** (1 - powers)
@@ -286,7 +286,7 @@ class TestTooSmallToDivideBy:
     @each_dtype
     @pytest.mark.parametrize("size", [1, 2, 33, 10_000])
     def test_cancelling_in_the_middle_of_the_tree(self, size, dtype, way):
-        """A node whose parts are opposite is nothing, not noise."""
+        """A node whose parts are opposite counts as zero, not as noise."""
         a, b, c, d = normal(4, size).astype(dtype)
         # Scalars that follow from squares, see `coefficients`.
         coarse = size < 8 and dtype == "float32"
@@ -304,7 +304,7 @@ class TestTooSmallToDivideBy:
 
     @each_dtype
     def test_cancelling_up_to_rounding(self, dtype):
-        """As updates do, which are differences of rounded weights."""
+        """Updates are differences of rounded weights and cancel in part."""
         weights = 1 + 0.1 * normal(30).astype(dtype)
         step = 0.01 * normal(30, seed=1).astype(dtype)
         up, down = (weights + step) - weights, (weights - step) - weights

@@ -14,7 +14,7 @@ def float64(value):
 
 
 def line(steps, momentum, average):
-    """The average after base steps to 1, 2, ..., by the definition."""
+    """Returns the average after base steps to 1, 2, ..., by definition."""
     for position in range(1, steps + 1):
         average = momentum * average + (1 - momentum) * position
     return average
@@ -96,7 +96,7 @@ def test_one_step_averages_like_the_base_steps_it_stands_for(momentum, steps):
             momentum=momentum,
             steps=tf.constant(float(steps), dtype),
         )
-        # Relative to what the average has moved through.
+        # Relative to the range in which the average has moved.
         np.testing.assert_allclose(
             received, expected, atol=rtol * (steps + 3), rtol=0
         )
@@ -117,7 +117,7 @@ def test_two_steps_average_like_their_base_steps():
 
 
 def test_averages_grow_smoothly_between_whole_steps():
-    """Below and above the switch of formulas."""
+    """The two formulas join smoothly where one replaces the other."""
     ways = ema_ops.advance_average(
         tf.zeros(4000, tf.float64),
         tf.zeros(4000, tf.float64),

@@ -47,7 +47,7 @@ def moments_of(samples, scale):
 
 
 def oracle_moments(samples, scale):
-    """The two moments from the sample covariance, not from A and T."""
+    """Returns the moments from the sample covariance, not from A and T."""
     samples = np.asarray(samples, np.float64)
     # One sample stands for S/n base batches.
     trace = np.trace(np.cov(samples.T, ddof=1))
@@ -98,7 +98,7 @@ def test_the_gain_does_not_depend_on_the_size_of_float32_gradients(row):
             moments_of(samples, row.resolved_scale)
         )
         gain = gain_ops.ratio(moments, scale=row.resolved_scale)
-        # Beside squares of 1e-24 the floor of 1e-30 is a part of 1e-6.
+        # The floor, 1e-30, is 1e-6 of squares of 1e-24.
         np.testing.assert_allclose(gain, row.gain, rtol=1e-5)
 
 
@@ -148,7 +148,7 @@ class TestUnbiased:
         for values, expected in zip(moments, (5.25, 0.49)):
             values = values.numpy()
             error = values.std() / np.sqrt(len(values))
-            assert error < 0.03  # Small against what a wrong factor would do.
+            assert error < 0.03  # A wrong factor does more.
             assert abs(values.mean() - expected) < 4 * error
 
     @pytest.mark.parametrize("num_samples, scale", [(2, 2), (4, 10), (3, 1.5)])
@@ -286,7 +286,7 @@ class TestRatio:
             assert float(gain) == 8.0
 
     def test_lies_between_1_and_the_scale(self, dtype):
-        """Whatever the moments: also as small and as large as float32 has."""
+        """Holds for all moments, up to the limits of float32."""
         extremes = [0.0, 1e-45, 1e-38, 1e-30, 1e-24, 1.0, 1e24, 3.4e38]
         values = np.array([*np.negative(extremes), *extremes])
         moments = pair(*np.meshgrid(values, values), dtype)
@@ -302,7 +302,7 @@ class TestRatio:
         np.testing.assert_allclose(gain, 1.6, rtol=1e-6)
 
     def test_rises_with_the_noise_and_falls_with_the_signal(self, dtype):
-        """Away from 1 with noise, towards S; up to rounding."""
+        """Noise moves the gain from 1 towards S, up to rounding."""
         for scale in SCALES:
             gain = gain_ops.ratio(pair(*GRID, dtype), scale=scale).numpy()
             away = (gain - 1) * np.sign(scale - 1)
@@ -420,7 +420,7 @@ class TestAdvance:
         self.check(result, 2.5, [4, 1], 1, 2.5)
 
     def test_the_gain_is_1_before_anything_is_measured(self):
-        """Whatever the averages hold, beyond what a float counts."""
+        """Any averages, at a tau that float64 cannot count to."""
         before = state(start(1e9, dtype="float32"), whole=2**40, fraction=0.75)
         result = gain_ops.advance(before, None, scale=4, smoothing=0.9)
         self.check(result, 1.0, [1e9, 1e9], 0, 2**40 + 1.75)
@@ -488,7 +488,7 @@ class TestAdvanceStep:
     @staticmethod
     @tf.function(jit_compile=True)
     def advanced(gains, whole):
-        """The step after many gains."""
+        """Returns the step after many gains."""
         _, step = tf.while_loop(
             lambda i, _: i < TestAdvanceStep.SIZE,
             lambda i, step: (i + 1, gain_ops.advance_step(step, gains[i])),

@@ -11,7 +11,7 @@ from tf_adascale.ops import norms
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
-# Ways to the same number, the last being XLA's by the function's own option.
+# Ways to compute the same number.
 MODES = {
     "eager": norms.squared_norm,
     "function": tf.function(norms.squared_norm),
@@ -173,7 +173,7 @@ def test_large_gradients_lose_no_digits():
     gradient = tf.fill([20_000_000], tf.constant(0.1))
     for jit_compile in (False, True):
         result = norms.squared_norm([gradient], jit_compile=jit_compile)
-        # XLA adds in fewer partial sums than Eigen's tree.
+        # XLA adds in fewer partial sums than Eigen.
         np.testing.assert_allclose(
             result, 200_000.0, rtol=1e-3 if jit_compile else 1e-6
         )
@@ -206,7 +206,7 @@ def gradient_lists(draw):
 @given(gradients=gradient_lists())
 def test_the_squared_norm_of_any_gradients_is_numpys(gradients):
     result = norms.squared_norm(gradients)
-    # Rows that cancel leave the rounding of sums of up to 6 * 1e3.
+    # Rows that cancel leave rounding errors of sums of up to 6 * 1e3.
     np.testing.assert_allclose(result, oracle(gradients), rtol=1e-5, atol=1e-4)
 
 

@@ -35,7 +35,7 @@ def samples(steps=8, count=4, size=6):
 
 
 def among_samples(steps, scale):
-    """The moments of steps, each in the units that it has, in float64."""
+    """Yields the moments of each step in float64, in the step's units."""
     steps = np.asarray(steps, np.float64)
     count = steps.shape[1]
     for t, now in enumerate(steps):
@@ -56,11 +56,11 @@ def between_steps(steps, scale):
 
 
 def oracle(moments, scale):
-    """Gains of AdamScale in float64, with plain means of the moments."""
+    """Returns gains in float64, from plain means of the moments."""
     gains, history = [], []
     for t, now in enumerate(moments):
         if t == WARM_STEPS:
-            history = []  # In other units from here on.
+            history = []  # Units change here.
         if now is None:
             gains.append(1.0)
             continue
@@ -72,7 +72,7 @@ def oracle(moments, scale):
 
 
 def run_of(num_replicas, microbatches, make=adam, shapes=((6,),), **kwargs):
-    # A smoothing so near 1 that the averages are plain means.
+    # So close to 1 that the averages are plain means.
     return harness.Run(
         num_replicas,
         lambda: AdamScale(make(), smoothing=0.999, **kwargs),
@@ -115,7 +115,7 @@ def test_gain_is_the_oracles(num_replicas, microbatches, moments, arguments):
 
 
 def test_warm_gain_does_not_depend_on_the_units_of_a_variable():
-    """What plain AdaScale lacks: rescaling one weight changes nothing."""
+    """Rescaling one weight changes nothing, unlike with AdaScale."""
     gains = []
     for factors in ([1, 1, 1], np.array([10, 0.1, 100], "float32")):
         run = run_of(1, 4, lambda: adam(epsilon=1e-12), [(2,)] * 3)
@@ -128,7 +128,7 @@ def test_warm_gain_does_not_depend_on_the_units_of_a_variable():
 
 
 def test_first_gradient_of_a_dead_unit_does_not_outweigh_the_others():
-    """Divided by epsilon it would: 1e7 to 1."""
+    """Without a floor, the divisor epsilon would outweigh it 1e7 to 1."""
     gains = []
     for dead in (False, True):
         steps = 0.01 * samples(size=201)
@@ -158,7 +158,7 @@ def test_loss_scale_is_divided_out():
 
 
 def test_norm_of_a_sample():
-    """Of slices as of the dense gradient; of None as of nothing."""
+    """Slices have the norm of the dense gradient, and None has norm 0."""
     run = run_of(1, 4, shapes=[(6, 1), (6, 1)])
     for gradients in samples():
         run.step([gradients[:, :, None]] * 2)
@@ -191,7 +191,7 @@ def test_skipped_step_does_not_restart_the_averages():
 
 
 def test_in_fit():
-    """Gradients of micro-batches are divided where they come up."""
+    """Micro-batch gradients are divided where they are computed."""
     x, y = harness.regression(64)
     inputs = keras.Input((3,))
     outputs = keras.layers.Dense(1, kernel_initializer="ones")(inputs)
@@ -220,7 +220,7 @@ def test_in_fit():
     "microbatches, estimator", [(2, "moments"), (1, "differenced")]
 )
 def test_model_that_is_not_built(microbatches, estimator):
-    """The optimizer gets its slots before the first norm is taken."""
+    """The optimizer is built before the first norm is taken."""
 
     class Net(tf_adascale.Model):
         def __init__(self):

@@ -23,7 +23,7 @@ PUBLIC = (
 
 
 def public(optimizer):
-    """The public numbers, in the order of `PUBLIC`."""
+    """Returns the public numbers, in the order of `PUBLIC`."""
     return [float(getattr(optimizer, name)) for name in PUBLIC]
 
 
@@ -34,7 +34,7 @@ def assign(optimizer, name, value):
 
 
 def run_of(num_replicas, make, microbatches=1, shapes=golden.SHAPES, **kwargs):
-    """A run from weights of 0, so that they show the updates' sum."""
+    """Returns a run from weights of 0, which then sum up the updates."""
     zeros = [np.zeros(shape, "float32") for shape in shapes]
     return harness.Run(
         num_replicas, make, zeros, microbatches=microbatches, **kwargs
@@ -60,7 +60,7 @@ BETWEEN = [[0.0], [2.0]]
 
 
 def layouts(num_samples):
-    """Ways to take samples: replicas, and micro-batches of each."""
+    """Returns pairs of (replicas, micro-batches) that make the samples."""
     return [(1, num_samples), (2, 2) if num_samples == 4 else (num_samples, 1)]
 
 
@@ -178,7 +178,7 @@ def test_trajectory_is_the_oracles(num_replicas, microbatches, arguments):
     num_samples = num_replicas * microbatches
     random = np.random.default_rng(num_samples)
     steps = random.normal(size=(40, num_samples, 3))
-    # Both noise and a gradient that shrinks, so that the gain grows.
+    # Noise, and a gradient that shrinks, so the gain grows.
     steps += np.linspace(2.0, 0.2, 40)[:, None, None]
     steps = steps.astype("float32")
     expected = oracle(
@@ -196,7 +196,7 @@ def test_trajectory_is_the_oracles(num_replicas, microbatches, arguments):
         return AdaScale(SGD(rate, momentum=0.9), **arguments)
 
     run = run_of(num_replicas, make, microbatches, [(3,)], graph=True)
-    # Neither trivial gain hides what differs.
+    # The gain is neither of the trivial ones.
     assert 1.1 < expected[-1, 0] < run.optimizer.scale - 0.1
     got = []
     for samples in steps:
@@ -216,7 +216,7 @@ class TestScaleInvariantStep:
             assign(optimizer, "scale_invariant_fraction", 0.0)
             for taken in range(1, 4):
                 one_weight(optimizer, OPPOSITE)
-                # A float64 past 2^52 has no halves; what is kept has.
+                # float64 has no halves past 2^52. The state has.
                 whole, fraction = divmod(taken * gain, 1)
                 kept = harness.value(optimizer, "scale_invariant_step")
                 assert kept == start + int(whole)
@@ -361,7 +361,7 @@ class TestClipping:
 
 
 def test_sparse_samples_have_the_norms_of_dense_ones():
-    """Also where a row comes twice."""
+    """Rows may occur twice."""
     dense, sparse = (
         run_of(2, lambda: AdaScale(SGD(0.1, momentum=0.9)), graph=graph)
         for graph in (False, True)
@@ -371,7 +371,7 @@ def test_sparse_samples_have_the_norms_of_dense_ones():
         sparse.step(gradients, lambda local: list(map(harness.slices, local)))
     assert float(dense.optimizer.gain) > 1
     for x, y in zip(dense.optimizer.variables, sparse.optimizer.variables):
-        # Sums of the two parts in another order.
+        # The two parts are added in another order.
         harness.assert_close(harness.copies(x), harness.copies(y), rtol=1e-6)
     harness.assert_close(sparse.weights(), dense.weights())
 
@@ -457,7 +457,7 @@ def test_a_micro_batch_that_is_not_finite_skips_the_step(bad):
     good = tf.constant([1.0, 1.0])
     optimizer.apply([good], [weight], sample_sqnorm_sum=8.0)
     before = harness.state([weight, optimizer])
-    # Samples that cancel to a finite mean have a norm that tells.
+    # Samples may cancel to a finite mean. Their norm shows it.
     for gradient, sqnorm in [([bad, 1.0], 1.0), (good, abs(bad))]:
         optimizer.apply(
             [tf.constant(gradient)], [weight], sample_sqnorm_sum=sqnorm
@@ -494,7 +494,7 @@ def test_gradients_of_zero_say_nothing():
     ids="-".join,
 )
 def test_weights_of_any_type_have_the_same_gain(dtypes, estimator):
-    # Steps of one sample are compared with the one before, 1 with 2.
+    # Steps of one sample are compared with the step before.
     microbatches, rest = 2, [[1.0, 5.0], [2.0, 8.0]]
     if estimator == "differenced":
         microbatches, rest = 1, [[1.0, 3.0]]
@@ -547,7 +547,7 @@ def test_weights_of_any_type_have_the_same_gain(dtypes, estimator):
 )
 def test_a_whole_step_under_xla_is_the_same(make):
     states = [five_steps(make(), jit_compile) for jit_compile in (False, True)]
-    # XLA fuses products and sums.
+    # XLA fuses products and sums, which rounds differently.
     harness.assert_close(*states, rtol=1e-5)
 
 
@@ -602,7 +602,7 @@ class TestRefused:
             if name == "scale":
                 with harness.refused(f"`{name}` must be {rule}", received):
                     AdaScale(SGD(0.1)).gain_at(value)
-        # It may still be used by itself.
+        # The inner optimizer still works by itself.
         assert isinstance(inner.learning_rate, keras.Variable)
 
     @pytest.mark.parametrize("scale", [2, 0.5])

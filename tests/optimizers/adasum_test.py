@@ -48,10 +48,10 @@ def random_gradients(count, steps=2):
 
 
 def tree(inputs):
-    """Adasum in float64, by what its definition says of vectors."""
+    """Returns the Adasum of vectors in float64, by its definition."""
     nodes = [np.asarray(value, "float64") for value in inputs]
-    # Updates are differences of rounded weights: those of opposite signs and
-    # one length, which Lamb makes of a scalar, leave a rest that counts as 0.
+    # Updates are differences of rounded weights. Lamb makes updates of a scalar
+    # that have one length. Opposite ones leave a rest that counts as 0.
     nodes = [(value, np.linalg.norm(value)) for value in nodes]
     while len(nodes) > 1:
         odd_one = nodes[len(nodes) // 2 * 2 :]
@@ -61,7 +61,7 @@ def tree(inputs):
 
 
 def tree_pair(left, right):
-    """Returns a node, and how long it would be if nothing had cancelled."""
+    """Returns a node, and its length if nothing had cancelled."""
     product = np.sum(left[0] * right[0])
     factors = [
         1 - product / (2 * np.sum(value**2))
@@ -77,13 +77,13 @@ def tree_pair(left, right):
 
 
 def tree_of_groups(inputs, size=1):
-    """The same of the means of groups."""
+    """Returns the Adasum of the means of groups."""
     starts = range(0, len(inputs), size)
     return tree([np.mean(inputs[i : i + size], 0) for i in starts])
 
 
 class Oracle:
-    """Stock optimizers side by side: one for each replica, or one."""
+    """Stock optimizers: one per replica, or one for all."""
 
     def __init__(self, count, make, combine, group_size=1):
         self.group_size = group_size
@@ -132,7 +132,7 @@ def run_of(
 
 
 class TestSeparateOptimizers:
-    """One on each replica, or one by the tree of their gradients."""
+    """Equals an optimizer per replica, or one fed by the tree."""
 
     @pytest.mark.parametrize(
         ("combine", "count", "name"),
@@ -160,7 +160,7 @@ class TestSeparateOptimizers:
         for gradients in random_gradients(count):
             expected = oracle.step(gradients)
             harness.assert_close(run.step(gradients).weights(), expected)
-        # Each replica has its own slots, or all have those of the one step.
+        # Slots belong to each replica, or to the one shared step.
         slots = run.optimizer.inner_optimizer.variables
         received = list(zip(*map(harness.copies, slots)))
         for i in range(count):
@@ -183,7 +183,7 @@ def test_average_of_weights_is_of_those_that_all_have(combine):
     for gradients in random_gradients(2):
         run.step(gradients)
         new = oracle.step(gradients)
-        averages = averages or new  # The first step starts them.
+        averages = averages or new  # The first step starts the average.
         averages = [0.75 * a + 0.25 * w for a, w in zip(averages, new)]
     slots = run.optimizer.inner_optimizer._model_variables_moving_average
     for received in zip(*map(harness.copies, slots)):
@@ -211,8 +211,8 @@ def test_one_group_is_the_plain_mean(combine):
 
 @pytest.mark.parametrize("row", golden.ADASUM_ROWS, ids=lambda row: row.name)
 def test_golden_rows(row):
-    """With SGD(1) a step is minus the combined gradients."""
-    # The same vectors, with zeros at the end, as one of many entries.
+    """A step of SGD(1) is minus the combined gradients."""
+    # Vectors padded with zeros make a variable of many entries.
     run = run_of(
         len(row.samples),
         lambda: SGD(1.0),
@@ -229,7 +229,7 @@ def test_golden_rows(row):
 @both_ways
 class TestTypes:
     def test_half_precision_is_combined_in_float32(self, combine):
-        # Orthogonal ones whose squared norms, 100 * 64^2, float16 has not.
+        # Orthogonal, with squared norms of 100 * 64^2, over float16's 65504.
         gradients = np.zeros((2, 200), "float32")
         gradients[0, :100] = 64
         gradients[1, 100:] = 128
@@ -270,7 +270,7 @@ class TestTypes:
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_float64_has_its_range(self, count, combine):
-        """A gradient is not infinite for having no square in float32."""
+        """A gradient is finite even if its square overflows float32."""
         run = run_of(
             count,
             lambda: SGD(1.0),
@@ -306,7 +306,7 @@ def test_sparse_gradients_of_unknown_shape(combine):
     harness.assert_close(dense.weights(), sparse.weights())
 
 
-# Through models.
+# With models.
 
 
 def model_of(model_class, optimizer, num_replicas=1, **compiled):
@@ -318,7 +318,7 @@ def model_of(model_class, optimizer, num_replicas=1, **compiled):
 
 
 def check_fit(model, samples):
-    """Fits one step of so many samples of two rows each; checks weights."""
+    """Fits one step of samples of two rows each, and checks the weights."""
     x, y = harness.regression(2 * samples)
     gradients = []
     for rows in np.arange(2 * samples).reshape(samples, 2):
@@ -336,7 +336,7 @@ def check_fit(model, samples):
 
 
 class TestFit:
-    """With plain SGD an update is the gradient times the rate."""
+    """An update of plain SGD is the gradient times the rate."""
 
     def test_micro_batches_are_inputs_of_the_tree(self):
         model = model_of(
@@ -366,7 +366,7 @@ class TestMicrobatches:
             assert not np.all(np.isfinite(merged))
 
     def test_of_a_group_are_averaged(self):
-        """Two replicas of two each are a group, of two groups."""
+        """Two replicas of two samples each make a group; there are two."""
         run = harness.Run(
             4,
             lambda: Adasum(SGD(0.05), combine="gradients", group_size=4),
@@ -448,11 +448,11 @@ class TestRefused:
             run.step(gradients)
 
 
-# What a step's graph holds.
+# The graph of a step.
 
 
 def outputs_of(graph):
-    """All tensors of a graph and of the functions it calls."""
+    """Returns all tensors of a graph and of the functions it calls."""
     functions = getattr(graph, "_functions", {})
     graphs = [graph, *(f.graph for f in functions.values())]
     return [x for g in graphs for op in g.get_operations() for x in op.outputs]
@@ -460,7 +460,7 @@ def outputs_of(graph):
 
 @both_ways
 def test_memory_is_bounded(combine, monkeypatch):
-    """No replica holds more than a piece of all replicas at a time."""
+    """A replica holds one piece of each other replica at a time."""
     entries = 64
     monkeypatch.setattr(collectives, "BYTES_PER_GATHER", 4 * entries)
     gathered = []
@@ -486,7 +486,7 @@ def test_memory_is_bounded(combine, monkeypatch):
     graph = step.get_concrete_function().graph
     # 577 entries on each of three replicas: 9 pieces of 64, and a last of 1.
     assert collections.Counter(gathered) == {64: 27, 1: 3}
-    # Nor is anything made of all replicas' whole values.
+    # Nothing has the size of all replicas' values.
     sizes = [x.shape.num_elements() or 0 for x in outputs_of(graph)]
     assert max(sizes) == 500
 

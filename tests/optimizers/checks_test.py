@@ -1,6 +1,6 @@
-"""Refusals of arguments: what each says, and when.
+"""The messages of refused arguments, and when they are raised.
 
-That every wrapper refuses, and changes nothing then, is in `contract_test.py`.
+`contract_test.py` checks that a refusal by any wrapper changes no state.
 """
 
 import keras
@@ -23,7 +23,7 @@ def decays_in_its_own_way():
     return Decay()
 
 
-# What makes an inner optimizer, and what its refusal says.
+# Functions that make a wrong inner optimizer, and the message.
 NO_OPTIMIZER = "`inner_optimizer` must be a keras.optimizers.Optimizer"
 NO_WRAPPER = "`inner_optimizer` must neither be a wrapper nor be in one"
 ACCUMULATES = "`gradient_accumulation_steps` must not be set on the inner"

@@ -33,7 +33,7 @@ def adam(rate=0.01, **settings):
 
 
 def everything():
-    """Adam with as many settings as go together."""
+    """Returns Adam with as many settings as possible."""
     return adam(
         schedules.ExponentialDecay(0.01, 3, 0.5),
         weight_decay=0.1,
@@ -45,12 +45,12 @@ def everything():
 
 
 def own_variables(optimizer):
-    """What the inner optimizer does not have."""
+    """Returns the variables that the inner optimizer lacks."""
     return optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
 
 
 def pair(wrap, make, variables=None):
-    """Returns an optimizer, one wrapped, and for each the same weights."""
+    """Returns a plain and a wrapped optimizer, and equal weights for each."""
     both = make(), wrap(make())
     weights = [harness.variables(variables or harness.twos()) for _ in both]
     for optimizer, mine in zip(both, weights):
@@ -73,7 +73,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
         plain.apply(gradients, theirs[:2])
         wrapped.apply([*gradients, None], mine)
 
-    # Fractions, so that every rounding counts.
+    # Fractions, which are rounded at every operation.
     random = np.random.default_rng(0)
     for _ in range(8):
         step(
@@ -99,7 +99,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
     ids=lambda settings: next(iter(settings)),
 )
 def test_equal_gradients_are_a_step_of_the_inner_optimizer(settings, wrap):
-    """Keras clips each replica's part of the gradient, half of it here."""
+    """Keras clips each replica's part, here half of the gradient."""
 
     def make():
         rate = schedules.PiecewiseConstantDecay([0], [0.5, 0.25])
@@ -129,14 +129,14 @@ def test_none_leaves_its_variable_and_slots_alone(wrap):
     run.step(second, lambda gradients: [None, gradients[1]])
     changed = harness.changed(before, run.state())
     kept = {path for path in before if "weight_0" in path}
-    # The average of the weights follows all of them.
+    # The average of the weights follows all weights.
     assert {path for path in changed & kept if "average" not in path} == set()
     assert {path for path in before if "weight_1" in path} <= changed
 
 
 @every
 def test_sparse_gradients_are_the_dense_ones(wrap):
-    """Each row once, but both replicas have it."""
+    """Both replicas have each row, once."""
     dense, sparse = (harness.Run(2, lambda: wrap(adam())) for _ in range(2))
 
     def slices(gradient):
@@ -161,14 +161,14 @@ def test_sparse_gradients_are_the_dense_ones(wrap):
 def test_a_step_that_is_not_finite_is_skipped_everywhere(
     num_replicas, graph, wrap
 ):
-    """Although clipping by value would make a gradient finite."""
+    """Skips, although clipping by value would make the gradient finite."""
     run = harness.Run(num_replicas, lambda: wrap(everything()), graph=graph)
     bad = [np.inf, None, np.nan, -np.inf, None]
     for spoil, gradients in zip(
         bad, harness.random_gradients(len(bad), num_replicas)
     ):
         if spoil is not None:
-            # On the last replica only, in one entry of the first weight.
+            # In one entry of the first weight, on the last replica.
             gradients[0][-1, 1, 1] = spoil
         before = run.state()
         run.step(gradients)
@@ -202,7 +202,7 @@ class TestLossScale:
             for run in (plain, static, dynamic):
                 run.step(gradients)
         for run in (static, dynamic):
-            # Powers of two: nothing is rounded otherwise.
+            # Powers of two change no rounding.
             harness.assert_same(run.variables, plain.variables)
             harness.assert_same(
                 own_variables(run.optimizer), own_variables(plain.optimizer)
@@ -219,8 +219,8 @@ class TestLossScale:
         run = harness.Run(2, lambda: wrap(make()), graph=True)
         [good] = harness.random_gradients(1, 2)
         scales = []
-        # Three good steps double it; an overflow halves it, and they count
-        # from 0 again.
+        # Three good steps double the loss scale. An overflow halves it and
+        # restarts the count.
         for bad, replica in [
             *[(None, 0), (None, 0), (np.inf, 0)],
             *[(None, 0), (None, 0), (None, 0), (np.nan, 1), (-np.inf, 1)],
@@ -299,10 +299,10 @@ class TestLearningRate:
 
 @every
 class TestCalls:
-    """As Keras's optimizers may be called."""
+    """All ways to call an optimizer of Keras."""
 
     def test_the_first_step_builds_in_a_function_too(self, wrap):
-        """And the gradients' shapes need not be known."""
+        """The shapes of the gradients may be unknown."""
         optimizer = wrap(adam())
         plain, _, theirs, mine = pair(wrap, adam)
 
@@ -340,11 +340,11 @@ class TestCalls:
         assert wrapped.variables == own_variables(wrapped) + inner
         ids = [id(variable) for variable in wrapped.variables]
         assert len(set(ids)) == len(ids)
-        wrapped.build(mine)  # Once more changes nothing.
+        wrapped.build(mine)  # A second build changes nothing.
         assert [id(variable) for variable in wrapped.variables] == ids
 
 
-# Every argument, and none at its default.
+# Every argument, at another value than its default.
 SETTINGS = {
     "adascale": lambda inner: AdaScale(
         inner,
@@ -426,7 +426,7 @@ class TestConfig:
 
 @every
 def test_resumes_from_a_saved_model_to_the_bit(wrap, tmp_path):
-    """Steps after loading are those that were not interrupted."""
+    """Steps after loading equal those of an uninterrupted run."""
     inputs = keras.Input((3,))
     model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
     model.compile(wrap(LossScaleOptimizer(everything())), "mse")
@@ -460,7 +460,7 @@ class TestRefusedWhenMade:
             wrap("adam")
 
     def test_inner_optimizer_that_is_wrapped_already(self, wrap):
-        """Its rate would have the gain twice."""
+        """Two wrappers would multiply the rate by the gain twice."""
         inner = adam()
         wrap(inner)
         with harness.refused("`inner_optimizer` must neither be a wrapper nor"):
@@ -471,7 +471,7 @@ class TestRefusedWhenMade:
         inner = adam()
         with harness.refused(f"`{name}` must be passed to the inner"):
             wrap(inner, **{name: 1.0})
-        # It may still be used by itself.
+        # The inner optimizer still works by itself.
         assert isinstance(inner.learning_rate, keras.Variable)
 
     def test_argument_by_position(self, wrap):

@@ -10,7 +10,7 @@ from tf_adascale.optimizers import estimators
 
 
 def observation(gradients=None, **arguments):
-    """A step of two samples at S = 4, unless it is said otherwise."""
+    """Returns a step, by default of two samples at S = 4."""
     gradients = [] if gradients is None else gradients
     return estimators.Observation(
         **{
@@ -69,7 +69,7 @@ class TestAmongSamples:
         assert list(measurement.assignments) == []
 
     def test_clamps_moments_only(self, kind):
-        """The ratio's epsilon is for averages that may be negative."""
+        """The ratio does not clamp; its epsilon guards the averages."""
         # sigma^2 = 4 (12 - 2) = 40, mu^2 = 2 - 40/4 = -8.
         estimator = estimators.KINDS[kind]()
         moments = measured(estimator.measure(observation()))
@@ -89,7 +89,7 @@ class TestDifferenced:
 
     @staticmethod
     def step(estimator, *args, **kwargs):
-        """Measures and remembers, as a step that is taken."""
+        """Measures and remembers, like a step that is taken."""
         measurement = estimator.measure(observation(*args, **kwargs))
         for variable, value in measurement.assignments:
             variable.assign(value)

@@ -1,6 +1,6 @@
-"""Steps of Keras's optimizers by hand: to the bit, and each device its own.
+"""Steps of Keras's optimizers, to the bit, on one device or on each.
 
-That every optimizer is followed is in `wrapper_test.py`.
+`wrapper_test.py` covers every optimizer of Keras.
 """
 
 import keras
@@ -39,7 +39,7 @@ def test_update_is_that_of_apply(make):
 
 
 def test_devices_step_by_their_own_gradients():
-    """What Adasum combines: weights and slots of devices go their own ways."""
+    """Weights and slots of devices differ, as for Adasum of updates."""
 
     def make():
         return optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1)

@@ -33,7 +33,7 @@ def test_a_dynamic_factor_is_the_scale_of_now():
 
 @pytest.mark.parametrize("growth_steps", [1, 3])
 def test_scale_follows_that_of_keras(growth_steps):
-    """The oracle is Keras, which on one replica decides right."""
+    """Equals Keras, which is right on one replica."""
     finite = np.random.default_rng(0).random(20) < 0.8
     arguments = {"initial_scale": 2.0**10, "dynamic_growth_steps": growth_steps}
     variable = keras.Variable([0.0])
@@ -59,7 +59,7 @@ def test_scale_follows_that_of_keras(growth_steps):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_division_is_wide(dtype):
-    """65536 is infinite in float16, where the largest number is 65504."""
+    """The loss scale may exceed float16's largest number, 65504."""
     gradient = tf.constant([32768.0, -1024.0], dtype)
     divided = loss_scale.unscale(gradient, tf.constant(65536.0))
     assert divided.dtype == dtype

@@ -11,13 +11,13 @@ from tf_adascale.optimizers import preconditioner
 
 optimizers = keras.optimizers
 
-# What the step after t others divides by: a function of the gradients so far,
-# float64 of shape (t, d). beta_2 = 0.9 all over, epsilon = 1e-3.
+# Divisors of the step after t others: functions of the gradients so far, of
+# shape (t, d) and in float64. beta_2 = 0.9, epsilon = 1e-3.
 SETTINGS = {"beta_2": 0.9, "epsilon": 1e-3}
 
 
 def averaged(values, decay=0.9):
-    """The exponential average of rows, from 0, and its bias corrected."""
+    """Returns the exponential average of rows, corrected for its bias."""
     weights = (1 - decay) * decay ** np.arange(len(values))[::-1]
     return weights @ values / weights.sum()
 
@@ -28,7 +28,7 @@ def of_adam(gradients):
 
 def of_amsgrad(gradients):
     steps = len(gradients)
-    # The largest uncorrected average, corrected as the last one.
+    # The largest uncorrected average, with the last one's correction.
     largest = np.max(
         [
             averaged(gradients[: t + 1] ** 2) * (1 - 0.9 ** (t + 1))
@@ -74,7 +74,7 @@ CASES = {
 def test_divisors(name):
     make, divisor = CASES[name]
     optimizer, weight = make(), keras.Variable(np.zeros(6, "float32"))
-    # Coordinates of any size.
+    # Coordinates of different sizes.
     random = np.random.default_rng(1)
     gradients = random.normal(1, 1, (10, 6)) * np.logspace(-1, 1, 6)
     for t, gradient in enumerate(gradients):
@@ -84,7 +84,7 @@ def test_divisors(name):
     np.testing.assert_allclose(
         preconditioner.divisors(optimizer, 0),
         divisor(gradients),
-        rtol=1e-5,  # Float32 powers of the decay.
+        rtol=1e-5,  # Powers of the decay in float32.
     )
 
 
@@ -125,5 +125,5 @@ def test_optimizers_without_a_second_moment_are_refused(name):
         "inner_optimizer=<keras",
     ):
         AdaScale(inner, preconditioned=True)
-    # It may still be used by itself.
+    # The inner optimizer still works by itself.
     assert isinstance(inner.learning_rate, keras.Variable)

@@ -1,6 +1,6 @@
-"""What a wrapper saves beside Keras, and what it refuses to load.
+"""State that a wrapper saves itself, and state that it refuses to load.
 
-Through files of every format: `saving_test.py`.
+`saving_test.py` covers files of every format.
 """
 
 import keras
@@ -12,7 +12,7 @@ from tf_adascale.optimizers import saved_state
 
 
 def saved():
-    """Three variables, two others, and the store with what was saved."""
+    """Returns three variables, two others, and the store of a save."""
     own = harness.variables([[1.0, 2.0], 3.0, 4.0])
     own.append(keras.Variable(2**40, dtype="int64"))
     others = harness.variables(harness.twos())

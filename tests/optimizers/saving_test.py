@@ -1,9 +1,8 @@
-"""Saved and loaded: by every format, at every number of replicas.
+"""Saving and loading in every format, on any number of replicas.
 
-Variables get values of their own in place of those of training: what a file
-holds of them is the same question, and takes no steps. That steps after loading
-are those that were not interrupted is in `contract_test.py` and, by `fit`, in
-`test_fit_resumes_by_backup_and_restore`.
+Most tests assign values to the variables instead of training them.
+`contract_test.py` compares steps after loading with those of an uninterrupted
+run, and `test_fit_resumes_by_backup_and_restore` does so for `fit`.
 """
 
 import zipfile
@@ -20,7 +19,7 @@ FORMATS = ["model", "weights", "checkpoint"]
 
 
 def schedule():
-    # A short half-life: a wrong tau shows in the rate.
+    # A short half-life, so that a wrong tau changes the rate.
     return keras.optimizers.schedules.ExponentialDecay(0.02, 3, 0.5)
 
 
@@ -29,7 +28,7 @@ def sgd(**settings):
 
 
 def everything():
-    """AdaScale around as many kinds of state as go together."""
+    """Returns AdaScale with as many kinds of state as possible."""
     return AdaScale(
         keras.optimizers.LossScaleOptimizer(
             sgd(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
@@ -48,7 +47,7 @@ OPTIMIZERS = {
     "adasum": lambda: Adasum(keras.optimizers.Nadam(0.01)),
 }
 
-# What is in the state beside the iterations: parts of names.
+# Parts of the names of the state, besides the iterations.
 SCALARS = [
     "gradient_variance",
     "gradient_sqnorm",
@@ -67,7 +66,7 @@ STATE = {
 
 
 def make(optimizer=None, *, microbatches=2, units=3, num_replicas=1):
-    """A model with the same weights at every call, its optimizer built."""
+    """Returns a model of fixed weights with a built optimizer."""
     with harness.strategy_of(num_replicas).scope():
         model = harness.dense_model(Model, units=units)
         optimizer = everything() if optimizer is None else optimizer()
@@ -81,7 +80,7 @@ def variables(model):
 
 
 def assert_same_state(model, other):
-    """Asserts that all copies are what the first one of the other is."""
+    """Asserts that all copies equal the first copy of the other model."""
     for variable, wanted in zip(
         variables(model), variables(other), strict=True
     ):
@@ -92,7 +91,7 @@ def assert_same_state(model, other):
 
 
 def scrambled(model, seed=0):
-    """Gives every variable a value of its own; returns the model."""
+    """Returns the model, after giving each variable another value."""
     random = np.random.default_rng(seed)
     for variable in variables(model):
         if "int" in variable.dtype:
@@ -116,7 +115,7 @@ def save(model, directory, kind):
 
 
 def restored(path, kind, make):
-    """A model restored; if by weights, in a model where all else was wrong."""
+    """Returns the restored model; all values were wrong before."""
     if kind == "model":
         return keras.saving.load_model(path)
     model = scrambled(make(), seed=1)
@@ -131,11 +130,11 @@ def restored(path, kind, make):
 
 
 def test_names_in_files_stay():
-    """A file of this version is read by a later one."""
+    """Names in files stay, so that later versions can read them."""
     for cls in (AdaScale, AdamScale, Adasum):
         name = keras.saving.get_registered_name(cls)
         assert name == f"tf_adascale>{cls.__name__}"
-    # The variables go by their number.
+    # Keras stores the variables by their position.
     optimizer = make(OPTIMIZERS["differenced"]).optimizer
     own = optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
     expected = ["iteration", "skipped_steps", *SCALARS]
@@ -176,14 +175,14 @@ class TestEveryVariable:
 
     @pytest.mark.parametrize(
         "source, target",
-        # Replicas and micro-batches of the run that is saved and the next.
+        # (replicas, micro-batches) of the run that is saved and of the next.
         [((4, 2), (1, 3)), ((1, 3), (4, 1))],
         ids=str,
     )
     def test_goes_to_another_number_of_replicas(
         self, source, target, kind, tmp_path
     ):
-        """The averages are those of the base batch, the gain is of this."""
+        """The averages stay, and the gain follows the new scale."""
 
         def make_of(num_replicas, microbatches):
             return make(num_replicas=num_replicas, microbatches=microbatches)
@@ -206,7 +205,7 @@ class TestEveryVariable:
 
 
 class StopAt(keras.callbacks.Callback):
-    """Fails at the end of a step, as a machine would that goes away."""
+    """Raises at the end of a step, like a machine that disappears."""
 
     def __init__(self, step):
         super().__init__()
@@ -218,7 +217,7 @@ class StopAt(keras.callbacks.Callback):
 
 
 def test_fit_resumes_by_backup_and_restore(tmp_path):
-    """To the bit, after a failure within the third of four epochs."""
+    """Resumes to the bit after a failure in the third of four epochs."""
 
     def fit(model, *callbacks):
         x, y = harness.regression(24)
@@ -239,7 +238,7 @@ def test_fit_resumes_by_backup_and_restore(tmp_path):
 
 
 class HalfWay(keras.optimizers.schedules.LearningRateSchedule):
-    """A user's schedule, which the user did not register."""
+    """A schedule that is not registered with Keras."""
 
     def __init__(self, rate):
         self.rate = rate
@@ -258,7 +257,7 @@ class TestSavedConfig:
         loaded = keras.saving.load_model(path)
         assert loaded.microbatches == loaded.optimizer.microbatches == 3
         assert loaded.optimizer.get_config() == model.optimizer.get_config()
-        # The schedule is the user's, not what the wrapper put in its place.
+        # The file holds the user's schedule, not the wrapper's.
         with zipfile.ZipFile(path) as file:
             assert "_Rate" not in file.read("config.json").decode()
         config = loaded.optimizer.get_config()["inner_optimizer"]["config"]
@@ -294,7 +293,7 @@ STRANGERS = {
 
 
 class TestStateOfAnotherModel:
-    # Keras goes on to what else is in the file, and warns of that.
+    # Keras continues with the rest of the file, and warns.
     pytestmark = pytest.mark.filterwarnings(
         "ignore:Skipping variable loading for optimizer",
         "ignore:Skipping nested container",
@@ -306,7 +305,7 @@ class TestStateOfAnotherModel:
 
     @staticmethod
     def own(model):
-        """What the inner optimizer does not have: Keras loads that itself."""
+        """Returns the variables that the inner optimizer lacks."""
         inner = model.optimizer.inner_optimizer.variables
         return model.optimizer.variables[: -len(inner)]
 
@@ -322,7 +321,7 @@ class TestStateOfAnotherModel:
             model.load_weights(path)
 
     def test_of_another_architecture_is_refused(self, tmp_path):
-        # What is wrong first is a layer, so the message is Keras's.
+        # A layer fails first, so the message is Keras's.
         path = save(make(units=5), tmp_path, "weights")
         model = make()
         with (
@@ -332,7 +331,7 @@ class TestStateOfAnotherModel:
             model.load_weights(path)
 
     def test_of_plain_sgd_is_refused_by_the_weights_shapes(self):
-        # Without momentum nothing else that is saved depends on the model.
+        # Without momentum no other saved state depends on the model.
         narrow, wide = (
             make(lambda: AdaScale(keras.optimizers.SGD(0.1)), units=units)
             for units in (3, 5)
@@ -346,7 +345,7 @@ class TestStateOfAnotherModel:
             wide.optimizer.load_own_variables(store)
 
     def test_weights_without_an_optimizer_are_welcome(self, tmp_path):
-        """As of a pretrained model, which was never compiled."""
+        """Weights of a pretrained model that was never compiled load."""
         trained = scrambled(make(), seed=1)
         pretrained = Model(trained.inputs, trained.outputs)
         path = tmp_path / "pretrained.weights.h5"
@@ -364,7 +363,7 @@ class TestStateOfAnotherModel:
         np.testing.assert_equal(model.get_weights(), trained.get_weights())
 
     def test_is_noticed_by_a_checkpoint(self, tmp_path):
-        # TensorFlow's own messages: it knows names and shapes only.
+        # TensorFlow compares names and shapes only, and writes the message.
         model = self.momentum()
         checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
         plain = make(lambda: keras.optimizers.SGD(schedule()), microbatches=1)

@@ -1,6 +1,6 @@
-"""The optimizer around another, as AdaScale: what reaches the inner one.
+"""The steps that reach the inner optimizer, with AdaScale as the wrapper.
 
-What holds for every wrapper is in `contract_test.py`.
+`contract_test.py` has the tests that every wrapper passes.
 """
 
 import keras
@@ -16,7 +16,7 @@ SGD = keras.optimizers.SGD
 LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 schedules = keras.optimizers.schedules
 
-# Inner optimizers, and what of them a wrapper could get wrong.
+# Inner optimizers, with settings that a wrapper could get wrong.
 INNER = {
     "sgd": lambda: SGD(0.1),
     "nesterov": lambda: SGD(0.03, momentum=0.9, nesterov=True),
@@ -44,7 +44,7 @@ INNER = {
 
 
 def trained(optimizer, dtype="float32", steps=10):
-    """Returns weights after steps by fractions, so that rounding counts."""
+    """Returns weights after steps that are rounded at every operation."""
     weights = harness.variables(harness.twos(), dtype)
     random = np.random.default_rng(0)
     for _ in range(steps):
@@ -56,7 +56,7 @@ def trained(optimizer, dtype="float32", steps=10):
 
 
 class TestAtScale1IsTheInnerOptimizer:
-    """To the bit: weights and slots."""
+    """Weights and slots are equal to the bit."""
 
     @staticmethod
     def check(make, dtype="float32"):
@@ -86,7 +86,7 @@ class TestAtScale1IsTheInnerOptimizer:
         ],
     )
     def test_or_the_optimizer_is_refused(self, name):
-        """No optimizer of Keras is followed in part."""
+        """Each optimizer of Keras is followed in full or refused."""
         make = getattr(keras.optimizers, name, None)
         if make is None:
             pytest.skip(f"Keras {keras.__version__} has no {name}")
@@ -103,7 +103,7 @@ class TestAtScale1IsTheInnerOptimizer:
             assert np.array_equal(harness.first(x), harness.first(y))
 
     def test_in_fit_of_a_stock_model(self):
-        """The wrapper may be deleted from a script at any time."""
+        """A script runs with the wrapper and without it."""
         models = []
         for wrap in (lambda optimizer: optimizer, AdaScale):
             models.append(harness.dense_model(keras.Model))
@@ -160,7 +160,7 @@ def test_slices_of_unknown_shape():
 
 
 class TestLearningRate:
-    """Rates of a gain of 2: opposite samples, of squared norm 1 each."""
+    """Rates at gain 2, from opposite samples of squared norm 1."""
 
     @staticmethod
     def stepped(inner):
@@ -216,8 +216,8 @@ class TestLearningRate:
                 [0.25, 0.125, 0.0625],
             ),
             (
-                # An epoch that is the best by 100 there is not: reduced from
-                # the second epoch on.
+                # No epoch is better by 100, so the rate falls from the second
+                # epoch on.
                 lambda: keras.callbacks.ReduceLROnPlateau(
                     "loss", factor=0.5, patience=1, min_delta=100.0, min_lr=0.2
                 ),
@@ -252,7 +252,7 @@ class TestLearningRate:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_swap_ema_weights_finds_the_averages_inside(dynamic):
-    """Keras's callback."""
+    """Keras's SwapEMAWeights finds the inner optimizer's averages."""
     inner = SGD(0.1, use_ema=True, ema_momentum=0.5)
     if dynamic:
         inner = LossScaleOptimizer(inner)
@@ -284,13 +284,13 @@ def test_swap_ema_weights_finds_the_averages_inside(dynamic):
     ],
 )
 def test_a_step_is_one_reduction(estimator, wrap, scalars, monkeypatch):
-    """Of the gradients and one scalar, and then one hand-off, as in SGD."""
+    """One all-reduce of gradients and a scalar, then one merge_call."""
 
     def inner():
         return SGD(0.1, momentum=0.9, global_clipnorm=1.0, use_ema=True)
 
     def asked(make):
-        """What the replicas ask of each other in a step."""
+        """Returns the collectives that a step calls."""
         run = harness.Run(2, make)
         asked = {"all_reduce": [], "merge_call": [], "all_gather": []}
         context = tf.distribute.ReplicaContext
@@ -309,7 +309,7 @@ def test_a_step_is_one_reduction(estimator, wrap, scalars, monkeypatch):
 
     ours = asked(lambda: AdaScale(wrap(inner()), estimator=estimator))
     assert not ours["all_gather"]
-    # One by each of two replicas.
+    # Each of two replicas calls it once.
     assert len(ours["all_reduce"]) == 2
     for operation, values in ours["all_reduce"]:
         assert operation == tf.distribute.ReduceOp.SUM

@@ -57,7 +57,7 @@ class TestExecutor:
 
     @each_way
     def test_outputs_are_means_over_the_replicas(self, run_eagerly):
-        # A replica's part is one number of each pair.
+        # Each replica gets one number of each pair.
         outputs = executed(
             lambda batch: (batch[0], [2 * batch]),
             [1, 2, 5, 7],
@@ -138,7 +138,7 @@ class TestTraces:
         assert type(model).calls == 1
 
     @pytest.mark.parametrize(
-        # Of 7 steps in executions of 3: once in a trace, else three times.
+        # 7 steps in executions of 3: one trace, or three eager executions.
         "run_eagerly, times",
         [(False, 1), (True, 3)],
     )
@@ -163,7 +163,7 @@ class TestTraces:
 
         monkeypatch.setattr(strategy, "reduce", count)
         harness.fit(model, *harness.regression(7 * 2), batch_size=2)
-        # The loss and a metric; sums are Keras's, of the variables it reads.
+        # The loss and a metric. The sums are Keras's, of variables.
         assert reduced.count("MEAN") == 2 * times
 
 

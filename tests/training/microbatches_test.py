@@ -92,11 +92,11 @@ def walked(values, merge):
     ],
 )
 def test_samples_are_merged_in_a_tree(count, mode):
-    """The order counts: the merge is neither symmetric nor associative."""
+    """The merge is neither symmetric nor associative: its order counts."""
     x = np.random.default_rng(count).normal(size=(count, 3))
 
     def merge(earlier, later):
-        assert len(earlier) == len(later) == 2  # Without None.
+        assert len(earlier) == len(later) == 2  # None is left out.
         return [0.5 * a + 0.25 * b for a, b in zip(earlier, later)]
 
     def run(x):
@@ -112,6 +112,6 @@ def test_samples_are_merged_in_a_tree(count, mode):
     expected = walked(list(x), lambda a, b: 0.5 * a + 0.25 * b)
     np.testing.assert_allclose(vector, expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(scalar, expected[0], rtol=0, atol=1e-12)
-    # What is beside them is summed and joined as ever.
+    # The other outputs are summed and concatenated as usual.
     np.testing.assert_allclose(total, x.sum(0), rtol=0, atol=1e-12)
     np.testing.assert_array_equal(outputs, x)

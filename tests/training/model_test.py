@@ -107,7 +107,7 @@ def functional_subclass():
 
 def subclass_of_a_subclass():
     class Base(Model):
-        """Adds a method, and is made from inputs and outputs."""
+        """A subclass that is made from inputs and outputs."""
 
     class Derived(Base):
         def __init__(self):
@@ -119,7 +119,7 @@ def subclass_of_a_subclass():
 
 class TestConstruction:
     @pytest.mark.parametrize(
-        # Each kind comes before and after each other.
+        # Each kind comes before and after each other kind.
         "makers",
         [
             (functional, subclassed, functional_subclass),
@@ -156,7 +156,7 @@ class TestConstruction:
         assert model.inputs[0].shape == (None, 3)
         assert model.outputs[0].shape == (None, 1)
         assert model.microbatches == 1
-        # The class itself stays as it was.
+        # The class itself is unchanged.
         assert Model.__bases__ == (keras.Model,)
 
     def test_clones_and_saves_as_itself(self, tmp_path):
@@ -205,7 +205,7 @@ class TestCompile:
 
 
 class TestAgainstStockKeras:
-    """One micro-batch, the default strategy."""
+    """`Model` equals stock Keras: one micro-batch, one device."""
 
     @pytest.mark.parametrize("run_eagerly", [False, True])
     def test_fit_equals(self, run_eagerly):
@@ -232,7 +232,7 @@ class TestAgainstStockKeras:
         assert set(ours) == set(stock)
         for name, values in stock.items():
             assert ours[name] == pytest.approx(values, rel=1e-6)
-        # Two programs, which a processor may round differently.
+        # Two programs may round differently.
         assert_same_weights(*models, atol=1e-6)
 
     def test_adascale_at_scale_1_equals_its_inner_optimizer(self):
@@ -261,11 +261,11 @@ class TestAgainstStockKeras:
 
 
 class TestMicrobatches:
-    """Against steps written by hand, in float64."""
+    """`Model` equals steps written by hand, in float64."""
 
     @staticmethod
     def step(model, losses):
-        """Takes a step of SGD by the mean of the gradients of the losses."""
+        """Takes a step of SGD with the mean gradient of the losses."""
         samples = []
         for loss in losses:
             with tf.GradientTape() as tape:
@@ -315,7 +315,7 @@ class TestMicrobatches:
             jit_compile=jit_compile,
         )
         expected = self.expected(make(), x, y, microbatches, steps=2)
-        # get_weights has the moving averages too. Keras's normalisation and
+        # The weights include moving averages. Keras's normalisation and
         # regularizers have constants in float32.
         assert_same_weights(model, expected, atol=1e-7)
 
@@ -337,7 +337,7 @@ class TestMicrobatches:
         by_class = np.where(y.ravel() == 1, 3.0, 1.0)
         for weights, arguments in (
             (by_sample, {"sample_weight": by_sample}),
-            # Keras makes them float32 weights; these are exact.
+            # Keras makes float32 weights of them. These are exact.
             (by_class, {"class_weight": {0: 1.0, 1: 3.0}}),
         ):
             model = compiled(dense_model, sgd, "mse", microbatches=4)
@@ -369,7 +369,7 @@ class TestMicrobatches:
         expected = self.expected(make(), ids, y, 2, steps=2)
         assert_same_weights(model, expected, atol=ROUNDING)
 
-    # Of the weight of no use.
+    # Keras warns of the unused weight.
     @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
     def test_dicts_of_inputs_and_outputs_and_a_weight_of_no_use(self, float64):
         x, y = data()
@@ -454,8 +454,8 @@ class TestMicrobatches:
             jit_compile=jit_compile,
         )
         harness.fit(model, np.ones((2, 64), "float32"), np.zeros((2, 1)))
-        # Without dropout both gradients are all ones. With one mask for both
-        # they would be equal, too. Two masks differ in half of 64 entries of 2:
+        # Without dropout, or with one mask, both gradients would be equal. Two
+        # masks differ in half of 64 entries of 2:
         # sigma^2 = |g_1 - g_2|^2 = 32 * 4 = 128 or so.
         assert float(model.optimizer.gradient_variance) > 50
 
@@ -545,7 +545,7 @@ class TestMicrobatches:
         with harness.refused("`microbatches` must", "batch=3, microbatches=2"):
             harness.fit(model, batches(x, y, size))
         harness.fit(expected, batches(x[: 2 * size], y[: 2 * size], size))
-        # What the two steps before did stays, and nothing of the third.
+        # The first two steps stay. The third changed nothing.
         assert harness.iterations(model) == 2
         harness.assert_same(model, expected)
         harness.assert_same(model.optimizer, expected.optimizer)
@@ -553,7 +553,7 @@ class TestMicrobatches:
 
 class TestReplicas:
     def oracle(self, x, y, num_samples, steps):
-        """AdaScale on a linear least-squares model from zero, in NumPy."""
+        """Returns the result of AdaScale on linear least squares, in NumPy."""
         weights = np.zeros(x.shape[1])
         variance = sqnorm = progress = 0.0
         for step in range(steps):
@@ -750,7 +750,7 @@ class TestOtherMethods:
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_jit_compile_compiles_by_xla(num_replicas):
-    """Which cannot call Python."""
+    """XLA cannot call Python, which shows what it compiles."""
 
     class CallsPython(keras.layers.Layer):
         def call(self, x):
@@ -775,7 +775,7 @@ class TestMixedPrecision:
         [("mixed_float16", 2, True), ("mixed_bfloat16", 1, False)],
     )
     def test_trains_like_float32(self, policy, num_replicas, jit_compile):
-        # Gradients small enough for the first loss scale, 2^15.
+        # The gradients do not overflow at the first loss scale, 2^15.
         x, y = data(4 * BATCH)
         arguments = {
             "make_model": dense_model,
@@ -841,7 +841,7 @@ class TestWorkers:
     def test_any_worker_shows_its_progress_if_asked_to(self, monkeypatch):
         monkeypatch.setattr(workers, "is_chief", lambda strategy: False)
         assert self.shown("fit", self.X, self.Y, verbose=1)
-        # By its place: fit(x, y, batch_size, epochs, verbose).
+        # By position: fit(x, y, batch_size, epochs, verbose).
         assert self.shown("fit", self.X, self.Y, 4, 1, 1)
         assert self.shown("evaluate", self.X, self.Y, 4, 1)
         assert self.shown("predict", self.X, 4, 1)
