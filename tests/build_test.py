@@ -14,7 +14,7 @@ MAX_LINES = 200
 RULES = ("py_binary", "py_library", "py_test")
 MODULE = re.compile(r"(tf_adascale|examples|benchmarks|tests)(\.\w+)+")
 
-# Tests of the whole repository: they import every module, by its path.
+# Tests of the whole repository, which import every module by its path.
 OF_EVERYTHING = "tests_test"
 
 
@@ -26,7 +26,7 @@ def _glob(patterns, exclude=(), allow_empty=False):
         return {path.relative_to(sources.ROOT).as_posix() for path in paths}
 
     if patterns == ["**"]:
-        return []  # No target's sources; it would walk the environments.
+        return []  # Not sources, and it would walk virtual environments.
     excluded = set().union(*map(matches, exclude))
     return sorted(set().union(*map(matches, patterns)) - excluded)
 
@@ -60,7 +60,7 @@ TARGET_OF = {
 
 
 def _used_files(path):
-    """Returns what a file imports, or runs by the name of the module."""
+    """Returns the files that a file imports, or runs by module name."""
     named = {
         file
         for node in ast.walk(sources.tree(path))
@@ -69,7 +69,7 @@ def _used_files(path):
         and MODULE.fullmatch(node.value)
         and (file := sources.file_of(node.value))
     }
-    # pytest imports the conftest.py of the folder, and of those above it.
+    # pytest imports the conftest.py of the folder and of its parents.
     conftests = {
         f"{folder}/conftest.py"
         for folder in (sources.package(path), "tests")

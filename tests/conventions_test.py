@@ -1,4 +1,4 @@
-"""Holds tf_adascale to its conventions; CONTRIBUTING.md says them in words."""
+"""Holds tf_adascale to the conventions in CONTRIBUTING.md."""
 
 import ast
 import copy
@@ -26,7 +26,7 @@ PUBLIC = {
     "LinearScalingWithWarmup SqrtScaling TimeScaling scaled_iterations",
 }
 
-# Commands, which may print; that is all they are for.
+# Commands may print.
 COMMANDS = {"tf_adascale/forecast/__main__.py"}
 
 FORBIDDEN = re.compile(
@@ -55,8 +55,8 @@ _ADASCALE = {
     "name": "another",
 }
 
-# The classes that are registered with Keras: a function that makes what they
-# are made of, and a value of each keyword that is not its default.
+# The classes that are registered with Keras: a function that makes the first
+# argument, and a value for each keyword that differs from its default.
 SERIALIZABLE = {
     AdaScale: (_adam, {**_ADASCALE, "preconditioned": True}),
     AdamScale: (_adam, {**_ADASCALE, "preconditioned": False}),
@@ -112,7 +112,7 @@ def _public_objects():
 @pytest.mark.parametrize("name", sorted(_public_objects()))
 def test_public_objects_have_an_example(name):
     value = _public_objects()[name]
-    # A named tuple is a record: the functions that return it show it.
+    # Functions that return a named tuple have the example.
     is_record = inspect.isclass(value) and issubclass(value, tuple)
     assert ("" if is_record else ">>> ") in value.__doc__
 
@@ -150,7 +150,7 @@ def test_public_functions_are_annotated(path):
 
 
 def _message(call, constants):
-    """Returns a call's text, with {} for what is formatted into it."""
+    """Returns a call's text, with {} for formatted values."""
     parts = []
     for argument in call.args[:1]:
         for part in getattr(argument, "values", [argument]):
@@ -216,7 +216,7 @@ def _round_trip(instance):
     config = json.loads(
         json.dumps(keras.saving.serialize_keras_object(instance))
     )
-    # A copy, for Keras takes apart what it reads.
+    # A copy, because Keras changes the dict.
     restored = keras.saving.deserialize_keras_object(copy.deepcopy(config))
     assert type(restored) is type(instance)
     again = keras.saving.serialize_keras_object(restored)

@@ -1,4 +1,4 @@
-"""Obvious cases: gradient samples whose moments and gain are known by hand.
+"""Golden cases: gradient samples with moments and gain computed by hand.
 
 The same rows drive the pure functions, the replicas and `fit`. Every sample is
 a list of two gradients, of the shapes in `SHAPES`, so that one two-variable
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def resolved_scale(self):
-        """Number, S, also where the row leaves it to its default."""
+        """Number, S. Default: n."""
         return self.num_samples if self.scale is None else self.scale
 
     @property

@@ -1,7 +1,7 @@
-"""What tests of optimizers, training and callbacks share.
+"""Helpers for tests of optimizers, training and callbacks.
 
-An optimizer's steps on N replicas with chosen gradients (`Run`), the state of
-variables and when it is the same, small models and `fit`, refused calls.
+Steps of an optimizer on N replicas with chosen gradients (`Run`), comparison of
+variables, small models and `fit`, refused calls.
 
 Values are NumPy arrays outside TensorFlow. A *sample* is the gradient of one
 replica's micro-batch; samples are in the order of the replicas, those of one
@@ -28,7 +28,7 @@ MODES = {"eager": lambda function: function, "function": tf.function}
 def strategy_of(num_replicas):
     """Returns a strategy: the default one, or a `MirroredStrategy`.
 
-    Tests share a strategy; it holds nothing of those that used it before.
+    Tests share strategies, which keep no state.
     """
     if num_replicas == 1:
         return tf.distribute.get_strategy()
@@ -44,8 +44,8 @@ def _mirrored(num_replicas):
         )
     return tf.distribute.MirroredStrategy(
         [f"CPU:{index}" for index in range(num_replicas)],
-        # The default of CPUs is a collective, whose groups stay: a strategy of
-        # another size in the same process would be refused.
+        # The default on CPUs is a collective. Its groups stay, so a second
+        # strategy of another size would fail in the same process.
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
 
@@ -62,7 +62,7 @@ def variables(values, dtype="float32"):
 
 
 def twos(shapes=SHAPES):
-    """Returns arrays of 2, to start from."""
+    """Returns arrays of 2, as start values."""
     return [np.full(shape, 2, "float32") for shape in shapes]
 
 
@@ -83,7 +83,7 @@ def values(variables):
 
 
 def state(of):
-    """Returns what variables hold, for `==`: by path, the bytes per replica.
+    """Returns a dict, comparable by `==`: path to the bytes per replica.
 
     Args:
         of: list of Keras variables and of optimizers, which have variables.
@@ -208,7 +208,7 @@ class Run:
                 for g, v in zip(gradients, self.variables)
             ]
             samples = [
-                # As Keras has it: the loss is divided by the replicas.
+                # Keras divides the loss by the number of replicas.
                 [self.optimizer.scale_loss(g[i]) / count for g in own]
                 for i in range(self.microbatches)
             ]
@@ -226,7 +226,7 @@ class Run:
         self.strategy.run(replica)
 
     def weights(self):
-        """Returns the weights, which all replicas must have to the bit."""
+        """Returns the weights; asserts that replicas have equal bits."""
         for variable in self.variables:
             one, *others = copies(variable)
             for other in others:
@@ -259,7 +259,7 @@ def mean_of_outputs(y_true, y_pred):
 def linear_model(model_class, optimizer, *, width=2, **compiled):
     """Returns a compiled model of one weight vector, which starts at 0.
 
-    By `mean_of_outputs` the gradient of a batch is the mean of its rows.
+    The gradient of `mean_of_outputs` is the mean of the batch's rows.
     """
     inputs = keras.Input((width,))
     outputs = keras.layers.Dense(

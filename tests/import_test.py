@@ -23,7 +23,7 @@ def test_import_without_tensorflow_says_what_to_install():
 
 
 def test_import_does_not_initialise_devices():
-    """The user's choice of devices stays open."""
+    """The user can still choose devices afterwards."""
     process = run(
         "import tensorflow as tf, tf_adascale;"
         "cpu = tf.config.list_physical_devices('CPU')[0];"

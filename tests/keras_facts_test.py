@@ -1,9 +1,9 @@
-"""What stock Keras gets wrong under `tf.distribute`, and this library right.
+"""Faults of stock Keras under `tf.distribute` that this library does not have.
 
-Each class is one fact: the first test shows stock Keras fail, the second shows
-this library do the same job on the same data. The first tests hold for every
-version of Keras that is claimed (seen on 3.10.0 and 3.15.1); one that fails on
-a later version says that Keras has been repaired.
+Each class is one fact: in the first test stock Keras fails, in the second this
+library does the same job on the same data. The first tests hold for all claimed
+versions of Keras (seen on 3.10.0 and 3.15.1). One that fails on a later version
+shows that Keras has been repaired.
 
 All train one weight vector w on the loss mean(x . w), whose gradient is mean(x)
 over the batch, at rate 1 from w = 0: after one step w = -mean(x).
@@ -189,8 +189,8 @@ class TestK6NoGradient:
         return [weight.ravel() for weight in model.get_weights()]
 
     def test_keras_warns_with_what_is_no_category(self):
-        # Keras's own `fit` drops the gradient, with a warning, before it gets
-        # here; an optimizer that hands its gradients on as they are fails.
+        # Keras's `fit` drops the gradient earlier, with a warning. An optimizer
+        # that passes its gradients on unchanged fails.
         optimizer = sgd()
         used, unused = keras.Variable([0.0]), keras.Variable([1.0])
         optimizer.build([used, unused])

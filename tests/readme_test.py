@@ -27,7 +27,7 @@ PAGES = [
 ]
 MAX_README_LINES = 150
 
-# Less of everything, on devices that every machine has.
+# Replacements that make the examples short and independent of devices.
 SHORTER = {
     "tf.distribute.MirroredStrategy()": "strategy_of(2)",
     "BASE_STEPS = 1500": "BASE_STEPS = 6",
@@ -141,7 +141,7 @@ def test_names_of_modules_and_commands_exist(page):
 
 @functools.cache
 def _metadata():
-    """Returns what setup.py tells setuptools."""
+    """Returns the arguments that setup.py passes to setuptools."""
     told = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", told.update)

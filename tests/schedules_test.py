@@ -17,11 +17,11 @@ from tf_adascale.schedules import (
     TimeScaling,
 )
 
-# Keras evaluates its schedules in float32. The exponent's rounding, 6e-8 of up
-# to log(1000), and that of pow and two products stay below it.
+# Keras evaluates its schedules in float32. The rounding of the exponent (6e-8
+# of up to log(1000)), of pow and of two products stays below 1e-6.
 TOLERANCE = 1e-6
 
-TOTAL_STEPS = 1501  # No scale below but 1 divides it.
+TOTAL_STEPS = 1501  # Not a multiple of the scales, except 1.
 SCALES = (1, 2.5, 64)
 
 

@@ -18,7 +18,7 @@ LIBRARY = files("tf_adascale")
 
 
 def text(path: str) -> str:
-    """Returns what stands in a file."""
+    """Returns the text of a file."""
     return (ROOT / path).read_text("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Holds tf_adascale to its layers; CONTRIBUTING.md says them in words."""
+"""Holds tf_adascale to the layers in CONTRIBUTING.md."""
 
 import ast
 import re
@@ -8,8 +8,8 @@ import pytest
 
 from tests import sources
 
-# What the library may import besides itself and the standard library. The last
-# is imported by single functions, which say how to install it.
+# Packages that the library may import. Only single functions import matplotlib,
+# and say how to install it.
 REQUIREMENTS = {"keras", "numpy", "tensorflow", "matplotlib"}
 
 MAX_LINES = 425
@@ -83,7 +83,7 @@ def test_only_distribute_knows_distribution(path):
 
 
 def _defined_names(path):
-    """Returns what a file defines, or assigns to its own objects."""
+    """Returns the names that a file defines, or assigns to its objects."""
     names = set()
     for node in ast.walk(sources.tree(path)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -138,7 +138,7 @@ def test_private_names_of_keras_are_in_the_docstring(path):
 def test_every_module_has_its_test(path):
     folder, _, name = path.removesuffix(".py").rpartition("/")
     test = f"tests{folder.removeprefix('tf_adascale')}/{name}_test.py"
-    # There is nothing to test in version.py but what the changelog says.
+    # The changelog's test covers version.py.
     if not name.startswith("_") and name != "version":
         assert (sources.ROOT / test).is_file(), f"{path} needs a {test}."
 

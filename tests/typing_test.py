@@ -1,4 +1,4 @@
-"""A type checker takes tf_adascale at its word: py.typed is honest."""
+"""A type checker accepts a program that uses tf_adascale."""
 
 import pathlib
 import subprocess

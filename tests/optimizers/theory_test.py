@@ -1,4 +1,4 @@
-"""The propositions and bounds of the paper, on a problem that meets them all.
+"""The paper's propositions and bounds, on a problem that meets all assumptions.
 
 The objective is F(w) = 1/2 w'Hw with a diagonal H, whose gradient on one base
 batch is Hw plus normal noise of mean 0 and a fixed diagonal covariance. Then

@@ -143,8 +143,7 @@ def _run(words, files, tf_config, max_file_bytes):
 def once(tmp_path_factory, name, make):
     """Returns a directory and what `make(directory)` returned, made once.
 
-    pytest's processes share it: whichever comes first makes it, and the others
-    wait.
+    pytest's processes share it: the first one makes it, and the others wait.
 
     Args:
         tmp_path_factory: pytest's fixture.

@@ -22,7 +22,7 @@ CLUSTER = children.ROOT / "examples" / "cluster"
 
 
 def run(words, commands, **variables):
-    """Returns a process that has run where stubs replace some commands.
+    """Runs a command with stubs for some commands; returns the process.
 
     Args:
         words: list of str, a command and its arguments.
@@ -49,7 +49,7 @@ def run(words, commands, **variables):
 
 class TestSlurm:
     def batch(self, tmp_path, srun, *arguments, **variables):
-        """Runs slurm.sh; returns the process and what scontrol is told."""
+        """Runs slurm.sh; returns the process and scontrol's arguments."""
         told = tmp_path / "told"
         scontrol = f"""
             import pathlib, sys
@@ -87,15 +87,15 @@ class TestSlurm:
         text = (CLUSTER / "slurm.sh").read_text()
         options = re.findall(r"^#SBATCH --(\S+)$", text, re.MULTILINE)
         assert {"requeue", "open-mode=append"} <= set(options)
-        # Not B:TERM, which only the batch script would get.
+        # B:TERM would signal the batch script only.
         (notice,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", text, re.M)
-        # From the first worker's end on, all within the limit.
+        # Seconds from the first worker's end, within the notice.
         (patience,) = re.findall(r"^srun .*--wait=(\d+)", text, re.M)
         assert 0 < int(patience) < int(notice)
 
     @pytest.mark.multiworker
     def test_two_tasks_train(self, tmp_path):
-        """On one node, which has the name of this machine."""
+        """Runs on one node, which has the name of this machine."""
         srun = """
             import os, subprocess, sys
 
@@ -153,7 +153,7 @@ def unused_job():
 class TestKubernetes:
     @pytest.fixture
     def objects(self):
-        """What kubernetes.yaml makes, by kind."""
+        """The objects of kubernetes.yaml, by kind."""
         text = (CLUSTER / "kubernetes.yaml").read_text()
         return {each["kind"]: each for each in yaml.safe_load_all(text)}
 
@@ -217,7 +217,7 @@ class TestKubernetes:
         assert service["metadata"]["name"] == pod["subdomain"]
         assert service["spec"]["clusterIP"] == "None"
         assert service["spec"]["publishNotReadyAddresses"]
-        # Which the Job puts on its pods.
+        # The Job puts this label on its pods.
         assert service["spec"]["selector"] == {
             "batch.kubernetes.io/job-name": objects["Job"]["metadata"]["name"]
         }
@@ -235,7 +235,7 @@ class TestKubernetes:
         assert pathlib.Path(mount["mountPath"]) in directory.parents
 
     def test_a_pod_that_was_stopped_is_replaced_uncounted(self, job, pod):
-        # Which podFailurePolicy asks for.
+        # podFailurePolicy requires it.
         assert pod["restartPolicy"] == "Never"
         rules = job["podFailurePolicy"]["rules"]
         codes = {"operator": "In", "values": [training.STOPPED]}

@@ -17,10 +17,10 @@ import pytest
 from examples import launch
 from tests.processes import children
 
-# More than any launcher needs on a busy machine, and less than `sleep` takes.
+# Longer than a launcher takes on a busy machine, shorter than `sleep`.
 TIMEOUT_SECONDS = 120
 
-# What every worker begins with. One touches a file that another waits for.
+# The start of every worker. One touches a file that another waits for.
 PREAMBLE = """
 import json, os, pathlib, signal, subprocess, sys, time
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
@@ -53,7 +53,7 @@ class Launcher:
             ],
             cwd=directory,
             env={**os.environ, "PYTHONPATH": str(children.ROOT), **variables},
-            # Not pytest's stdin, which is what a worker gets.
+            # A worker inherits it, and must not get pytest's.
             stdin=subprocess.PIPE,
             stdout=stdout or subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -115,7 +115,7 @@ def test_lines_come_while_the_worker_runs_and_are_never_mixed(tmp_path):
 def test_two_threads_do_not_mix_their_lines():
     class Target(io.StringIO):
         def write(self, text):
-            time.sleep(0.01)  # For the other thread to come between.
+            time.sleep(0.01)  # Lets the other thread interrupt.
             return super().write(text)
 
     target = Target()
@@ -231,7 +231,7 @@ def test_a_worker_that_is_done_leaves_the_others_alone(tmp_path):
 
 
 def test_the_first_that_fails_stops_the_others_and_gives_the_code(tmp_path):
-    # The others exit with 75 when they are told.
+    # The others exit with 75 on SIGTERM.
     worker = """
     def told(number, frame):
         print("told", number)
@@ -255,7 +255,7 @@ def test_the_first_that_fails_stops_the_others_and_gives_the_code(tmp_path):
     ]
 
 
-# A lock that is let go when all processes with the open file have ended.
+# A lock that is released when all processes with the open file have ended.
 HOLDS = """
 import fcntl
 held = open(f"held {index}", "w")

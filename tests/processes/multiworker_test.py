@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiworker
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
-    """What each of two workers printed, which run once for all tests."""
+    """The output of each of two workers, which run once for all tests."""
 
     def make(_):
         with children.cluster(multiworker_worker.__file__) as processes:
@@ -41,7 +41,7 @@ def test_the_workers_agree_to_the_bit(workers):
     for name in ("digest", "history", "evaluated", "gain", "iterations"):
         assert first[name] == second[name]
     assert first["scale_invariant_step"] == second["scale_invariant_step"]
-    # Two epochs of 25 steps, of which the last execution takes one.
+    # Two epochs of 25 steps; the last execution of each takes one.
     assert first["iterations"] == 50
     assert set(first["history"]) == {"loss", "mae", "val_loss", "val_mae"}
 
@@ -51,7 +51,7 @@ def test_two_local_replicas_train_the_same(workers, strategy_of):
     remote = workers[0]
     for expected, received in zip(local["weights"], remote["weights"]):
         np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
-    # Sums over 16 examples are added in another order.
+    # Sums over 16 examples in another order.
     for name in ("gain", "scale_invariant_step", "evaluated"):
         assert remote[name] == pytest.approx(local[name], rel=1e-5)
     for name, values in local["history"].items():
@@ -140,7 +140,7 @@ def test_each_example_is_seen_by_one_worker_once_a_pass(workers):
 
 
 class Workers:
-    """A strategy of several workers, seen from one: what data needs of it."""
+    """The part of a multi-worker strategy that reading data needs."""
 
     def __init__(self, context):
         self._context = context
@@ -150,7 +150,7 @@ class Workers:
 
 
 def shares(task, *, workers, replicas, scale, start=0):
-    """Returns each worker's batches of a trainer's data, as `fit` gets them."""
+    """Returns the batches that `fit` gets on each worker of a trainer."""
     name = types.SimpleNamespace
     contexts = [
         tf.distribute.InputContext(workers, index, workers * replicas)

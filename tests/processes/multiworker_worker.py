@@ -32,7 +32,7 @@ def data():
 
 
 def dataset(x, y):
-    """Returns batches, of each of which every worker takes one half."""
+    """Returns batches. Every worker takes one half of each."""
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
 
 
@@ -47,12 +47,12 @@ def compiled(optimizer, *, model_class=tf_adascale.Model, **arguments):
 
 
 def sgd():
-    """Returns what all wrap."""
+    """Returns the inner optimizer."""
     return keras.optimizers.SGD(0.05, momentum=0.9)
 
 
 def train(strategy):
-    """Returns a model fitted by AdaScale, and what there is to compare."""
+    """Returns a model fitted by AdaScale, and values to compare."""
     with strategy.scope():
         model = compiled(
             tf_adascale.AdaScale(sgd()),
@@ -150,7 +150,7 @@ def main():
             for combine in ("updates", "gradients")
         },
     }
-    # One infinite input, which only the first worker sees.
+    # One infinite input, for the first worker only.
     x[0] = np.inf
     model.fit(dataset(x[:BATCH], y[:BATCH]), verbose=0, shuffle=False)
     result["skipped"] = int(model.optimizer.skipped_steps)

@@ -1,4 +1,4 @@
-"""The soak in short, and its arithmetic on known series."""
+"""A short soak test, and its arithmetic on known series."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.processes import children
 
 
 def rows_of(num_steps, **columns):
-    """Rows as a `Recorder` writes them, with columns replaced."""
+    """Returns rows like a `Recorder` writes, with columns replaced."""
     rows = np.zeros(num_steps, [(name, float) for name in soak.COLUMNS])
     rows["step"] = np.arange(1, num_steps + 1)
     rows["clock"] = rows["processor"] = 0.002
@@ -87,7 +87,7 @@ def test_a_steady_drift_is_no_noise():
 @pytest.mark.parametrize(
     ("growth", "bare", "holds"),
     [
-        # The bare ones' growth, 100, and a tenth of that growth.
+        # The growth of bare collectives, 100, and a tenth of it.
         (110, 10, True),
         (112, 10, False),
         (3399, 3000, True),
@@ -179,7 +179,7 @@ def test_two_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(soak.launch, "launch", launched)
     code = soak.main(["--steps=1000", f"--out={tmp_path}"])
     output = capsys.readouterr().out
-    # So few steps tell nothing of time and memory on a busy machine.
+    # So few steps may fail the limits of time and memory on a busy machine.
     assert code == ("FAILS" in output)
     assert output.count("\nworker ") == 2
     assert output.count("the sum of 1000 gains: 0.0") == 2

@@ -27,10 +27,10 @@ STEPS_PER_ROW = 2
 # 65 steps in rows of one.
 SHORT = (*TRAINER, "--total_steps=200")
 SHORT_OF_TWO = (*SHORT, "--strategy=multiworker")
-# Steps before the run that is moved leaves its first device.
+# Steps of the run `moved` on its first device.
 FIRST_STEPS = 15
 
-# Alternately at any moment and while a checkpoint is being written.
+# Alternately at a random moment and while a checkpoint is written.
 KILLS = 4
 
 
@@ -111,7 +111,7 @@ def assert_same_values(found, wanted, *, tolerance=0.0):
 
 
 def assert_same(directory, expected, *, tolerance=0.0, stops=0):
-    """Compares what two runs ended with; one was stopped so many times."""
+    """Asserts equal results of two runs, one of which was stopped."""
     found, wanted = saved(directory), saved(expected)
     assert wanted["epoch"] <= found.pop("epoch") <= wanted.pop("epoch") + stops
     assert_same_values(found, wanted, tolerance=tolerance)
@@ -127,7 +127,7 @@ def assert_same(directory, expected, *, tolerance=0.0, stops=0):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The directory of a run that nothing happens to."""
+    """The directory of an uninterrupted run."""
 
     def make(directory):
         assert "Warning" not in trained(directory, LONG)
@@ -137,10 +137,10 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, whole):
-    """The directory of a run that SIGTERM stops amid a row."""
+    """The directory of a run that SIGTERM stops inside a row of the log."""
 
     def make(directory):
-        # Half-way; where the signal comes with the last step of a row, again.
+        # Half-way. Again if the signal comes with the last step of a row.
         for saves in [newest(whole) // 2, *[1] * 9]:
             with started(directory, LONG) as child:
                 wait_for_saves(child, directory, saves)
@@ -198,7 +198,7 @@ def test_disk_full_while_saving(copy, whole):
     assert result(copy) == result(whole)
     assert names(copy) == files
     assert_same_values(saved(copy), values)
-    # With room again, it resumes as if nothing had happened since SIGTERM.
+    # With room on the disk the run resumes from where SIGTERM stopped it.
     (copy / "result.json").unlink()
     assert "Warning" not in trained(copy, LONG)
     assert_same(copy, whole, stops=1)
@@ -221,7 +221,7 @@ def test_damaged_checkpoint_is_passed_over(copy, whole):
     path = damage(copy, truncate=False, last=0)
     errors = trained(copy, LONG)
     assert f"RuntimeWarning: The checkpoint {path} cannot be read" in errors
-    # The damaged one was that of the stop.
+    # The damaged checkpoint was the one of the stop.
     assert_same(copy, whole)
     assert log(copy) == log(whole)
 
@@ -238,10 +238,10 @@ def test_only_damaged_checkpoints_are_an_error(copy):
 
 @pytest.fixture(scope="module")
 def whole_of_two(tmp_path_factory):
-    """The directory of two workers that nothing happens to."""
+    """The directory of an uninterrupted run of two workers."""
 
     def make(directory):
-        # The last can write only what a lock needs.
+        # The last worker can write as much as a lock needs.
         with cluster(directory, last_max_file_bytes=64) as (chief, last):
             assert chief.finish() == last.finish() == 0, last.errors()
             assert "digits: Result(" in chief.output()
@@ -255,7 +255,7 @@ def whole_of_two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """The directory of a run on one device, two workers, two local replicas."""
+    """The directory of a run on one device, two workers, two replicas."""
 
     def make(directory):
         with started(directory, SHORT) as child:
@@ -264,7 +264,7 @@ def moved(tmp_path_factory):
             assert child.finish() == EXIT_CODE, child.errors()
         with cluster(directory, "--scale=8") as (chief, last):
             wait_for_saves(chief, directory, 5)
-            # SIGTERM to one stops both.
+            # SIGTERM to one worker stops both.
             last.send(signal.SIGTERM)
             assert chief.finish() == last.finish() == EXIT_CODE, chief.errors()
         trained(directory, (*SHORT, "--strategy=mirrored", "--replicas=2"))
@@ -278,7 +278,7 @@ def worker(launcher, index):
         try:
             status = (path / "status").read_text()
             variables = (path / "environ").read_text().split("\0")
-        except OSError:  # Of another user, or ended meanwhile.
+        except OSError:  # Another user's process, or an ended one.
             continue
         if f"PPid:\t{launcher.pid}\n" in status:
             (config,) = (v for v in variables if v.startswith("TF_CONFIG="))
@@ -315,7 +315,7 @@ class TestTwoWorkers:
         self, tmp_path, whole_of_two
     ):
         directory = tmp_path / "run"
-        # A lost worker ends the other, which can be started again.
+        # A lost worker ends the other. Both can be started again.
         with cluster(directory) as (chief, last):
             wait_for_saves(chief, directory, 3)
             last.send(signal.SIGKILL)
@@ -324,12 +324,12 @@ class TestTwoWorkers:
                 assert said in chief.errors()
         flags = ("examples.launch", "--max_restarts=2", "--", *SHORT_OF_TWO)
         with started(directory, flags) as launcher:
-            # A lost chief makes the launcher start both again.
+            # After the chief is lost, the launcher restarts both.
             wait_for_saves(launcher, directory, 3)
             os.kill(worker(launcher, 0), signal.SIGKILL)
             wait_for_saves(launcher, directory, 3)
             assert "restarting all, 1 of 2" in launcher.errors()
-            # SIGTERM to both is final: one start is left.
+            # After SIGTERM to both there is no restart, although one is left.
             launcher.send(signal.SIGTERM)
             assert launcher.finish() == EXIT_CODE, launcher.errors()
             assert launcher.errors().count("restarting all") == 1
@@ -367,9 +367,8 @@ class TestElastic:
             (variance + sqnorm) / (variance / scales + sqnorm),
             rtol=1e-5,
         )
-        # The k-th step moves an average by 1/k of the way to a new sample, of
-        # which the squared norms scatter: by much in the first steps, and again
-        # if averages began anew where the scale changes first.
+        # The k-th step moves an average by 1/k of the way to a new, noisy
+        # sample. Averages that restarted with the scale would jump there.
         for average in (variance, sqnorm):
             changes = np.abs(np.diff(average)) / average[1:]
             assert changes[np.argmax(np.diff(scales) > 0) :].max() < 0.1

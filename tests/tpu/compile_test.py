@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from tests.tpu import compiler, lowering, programs, stub_strategy
 
-# Programs of which the compiler does not merge all sums into one: it leaves
-# AdamScale's scalar alone, and those of Adasum need one another.
+# Programs whose sums the compiler does not merge into one. It leaves the scalar
+# of AdamScale separate, and the sums of Adasum depend on one another.
 ALL_REDUCES = {
     "AdamScale": 2,
     "Adasum of updates": 4,
@@ -16,7 +16,7 @@ ALL_REDUCES = {
     "Adasum, 4 micro-batches": 4,
 }
 
-# What the compiler calls of its own, on the chip.
+# Calls that the compiler adds. They run on the chip.
 OF_THE_CHIP = {
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
@@ -41,7 +41,7 @@ def test_compiles(name, topology):
     assert len(compiled.all_reduced) == ALL_REDUCES.get(name, 1)
     assert "replica_groups={{0,1,2,3,4,5,6,7}}" in compiled.text
     assert "f64[" not in compiled.text
-    assert "[<=" not in compiled.text  # Bounds of a shape that may vary.
+    assert "[<=" not in compiled.text  # The bound of a dynamic shape.
     assert not re.search(r" (infeed|outfeed|send|recv)\(", compiled.text)
     targets = re.findall(r'custom_call_target="(.*?)"', compiled.text)
     assert set(targets) <= OF_THE_CHIP
@@ -49,7 +49,7 @@ def test_compiles(name, topology):
 
 @pytest.mark.parametrize("topology", compiler.TOPOLOGIES)
 def test_refuses_what_a_chip_cannot_hold(topology):
-    """The compiler knows the chip."""
+    """The compiler knows the memory of the chip."""
     stablehlo = lowering.lowered(
         stub_strategy.tpu_strategy(),
         lambda x: x @ x,

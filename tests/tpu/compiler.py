@@ -1,7 +1,7 @@
-"""XLA's compiler for TPUs, which libtpu brings, on a machine without one.
+"""The XLA compiler of libtpu, on a machine without a TPU.
 
-JAX is what loads it. That JAX compiles, and on CPUs runs, a program that came
-from elsewhere is not public, so its version is pinned, see setup.py.
+JAX loads it. The functions of JAX that compile and run a StableHLO program are
+not public, so setup.py pins the version of JAX.
 """
 
 import os
@@ -22,8 +22,8 @@ from tests.tpu import lowering, stub_strategy
 # Eight chips of each kind.
 TOPOLOGIES = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
 
-# libtpu reads these when it is loaded, which is at the first compilation. It
-# must not ask the cloud, or other processes, about a machine that is not there.
+# libtpu reads these at the first compilation. It must not ask the cloud or
+# other processes about a TPU machine.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -33,7 +33,7 @@ _ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
 }
 
-# Before JAX looks for devices. 64 bits are what Keras's counters have.
+# Set before JAX looks for devices. Keras's counters have 64 bits.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", stub_strategy.CORES)
 jax.config.update("jax_enable_x64", True)
@@ -124,7 +124,7 @@ def run(stablehlo, *batch):
             (tuple(kind.shape), _DTYPES[str(kind.element_type)])
             for kind in map(ir.RankedTensorType, main.type.inputs)
         ]
-    # First what tells a core its place.
+    # The first argument is the number of the core.
     arguments = [np.arange(len(devices), dtype=np.int32), *batch]
     arguments += [
         np.zeros((len(devices), *shape), dtype)

@@ -10,8 +10,7 @@ operation is the same for any platform. So it is cut out here, and
     AllToAll             becomes a call of a name, for which `lowered` puts
                          StableHLO's all_to_all, as the bridge would
 
-and nothing stands in for anything else. TensorFlow 2.21 is known to give
-StableHLO; 2.18 does not.
+and nothing else is replaced. TensorFlow 2.21 makes StableHLO; 2.18 does not.
 """
 
 import re
@@ -29,7 +28,7 @@ _GROUPS = f"dense<[{list(range(stub_strategy.CORES))}]>"
 
 
 class UnfitForTPUError(Exception):
-    """A step that a TPU would not run, or not at speed."""
+    """A step that a TPU cannot run, or only slowly."""
 
 
 class Value(NamedTuple):
@@ -102,7 +101,7 @@ def num_all_to_alls(text):
 
 def types(text):
     """Returns the set of the types of all tensors, such as "8x3xf32"."""
-    # Attributes, such as a window's, are no tensors of the program.
+    # Attributes, such as a window's, are not tensors of the program.
     text = re.sub(r" = dense<[^>]*> : tensor<[^>]*>", "", text)
     return set(re.findall(r"tensor<([^<>]*)>", text))
 
@@ -185,7 +184,7 @@ def _cut(definition, graph):
 
 def _without_mhlo(text):
     """Returns text without what only TensorFlow's XLA knows."""
-    # A variable that is written is copied; to its own shape, this is no less.
+    # A copy of a variable. A reshape to the same shape is equivalent.
     text = re.sub(
         r"mhlo\.copy (%[\w#]+)\s*: (tensor<[^>]*>)",
         r"stablehlo.reshape \1 : (\2) -> \2",

@@ -1,4 +1,4 @@
-"""What the program of a TPU core holds before XLA optimises it."""
+"""The program of a TPU core, before XLA optimises it."""
 
 import pytest
 import tensorflow as tf
@@ -7,14 +7,14 @@ from tests.tpu import lowering, programs, stub_strategy
 
 Value = lowering.Value
 
-# Of the network of images: two convolutions, each with a bias and two weights
-# of its normalisation, and a dense layer.
+# In the image model: two convolutions, each with a bias and two weights of its
+# normalisation, and a dense layer.
 FEW = [16, 16, 16, 32, 32, 32, 10]
 MANY = [3 * 3 * 3 * 16, 3 * 3 * 16 * 32, 32 * 10]
 
 
 def reduced(name):
-    """All that a program's all-reduces sum."""
+    """Returns all values that a program's all-reduces sum."""
     found = lowering.all_reduced(programs.stablehlo(name))
     return sorted(value for values in found for value in values)
 
@@ -29,14 +29,14 @@ def test_each_weight_is_summed_once(name):
 @pytest.mark.parametrize("name", programs.BASELINES)
 class TestAdaScale:
     def test_sums_at_most_a_scalar_more(self, name):
-        # Two steps of one sample each are compared without a further sum.
+        # The difference of two steps needs no further sum.
         scalars = 0 if name == "AdaScale, differenced" else 1
         assert reduced(name) == sorted(
             reduced(programs.BASELINES[name]) + [Value("f32", 1)] * scalars
         )
 
     def test_sends_nothing_else(self, name):
-        """Keras itself sends the count of its iterations to all cores."""
+        """Keras sends its count of iterations to all cores."""
         own, baseline = (
             lowering.num_all_to_alls(programs.stablehlo(n))
             for n in (name, programs.BASELINES[name])
@@ -61,12 +61,12 @@ def test_adasum(name):
         *FEW,
         *MANY,
         len(MANY) * cores**2,  # Inner products.
-        # What is gathered: by a sum, in which all others have zeros.
+        # Gathered by a sum, in which the other cores have zeros.
         cores * sum(MANY),
-        cores * len(FEW) * 32,  # Rows, with zeros at the end.
+        cores * len(FEW) * 32,  # Rows, padded with zeros.
     ]
     if name != "Adasum of gradients":
-        expected.append(1)  # Whether all is finite, before a step is taken.
+        expected.append(1)  # Whether all updates are finite.
     assert reduced(name) == sorted(Value("f32", n) for n in expected)
 
 

@@ -1,7 +1,6 @@
 """Train steps for TPUs, each a network and an optimizer, and their StableHLO.
 
-Those that AdaScale and Adasum are compared to differ in nothing but the
-optimizer.
+Baselines of AdaScale and Adasum differ in the optimizer only.
 """
 
 import functools
@@ -12,7 +11,7 @@ import tensorflow as tf
 import tf_adascale
 from tests.tpu import lowering, stub_strategy
 
-BATCH = 8  # Of one replica.
+BATCH = 8  # Per replica.
 _CLASSES = 10
 _IMAGE = (16, 16, 3)
 _WORDS, _LENGTH = 50, 5
@@ -106,8 +105,8 @@ def _adasum(combine):
     return lambda: tf_adascale.Adasum(sgd(), combine=combine)
 
 
-# Functions of no argument, to be called in the scope of the strategy, that
-# return a step and a replica's batch.
+# Functions without arguments that return a step and a replica's batch. Call
+# them in the scope of the strategy.
 PROGRAMS = {
     "SGD": lambda: _fit(sgd),
     "AdaScale": lambda: _fit(adascale),
@@ -125,7 +124,7 @@ PROGRAMS = {
     "Adasum, 4 micro-batches": lambda: _fit(_adasum("updates"), microbatches=4),
 }
 
-# What each program adds its statistics to.
+# The baseline of each program.
 BASELINES = {
     "AdaScale": "SGD",
     "AdaScale, 4 micro-batches": "SGD, 4 micro-batches",

@@ -1,7 +1,7 @@
 """The program of a TPU core does what eight replicas on CPUs do.
 
-It is run on CPUs in place of cores. So what is compiled for TPUs is AdaScale
-and Adasum, not only something of their shape.
+It runs on CPUs in place of cores, which shows that the compiled programs are
+AdaScale and Adasum.
 """
 
 import keras
@@ -18,13 +18,13 @@ BATCH, ENTRIES, CLASSES = 4, 20, 3
 
 
 def adam():
-    # Of an epsilon so large that no rounding is divided by as little.
+    # With a large epsilon, rounding errors are not divided by little.
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 100, 0.9)
     return keras.optimizers.Adam(schedule, epsilon=0.1)
 
 
 def make_model(make_optimizer, microbatches):
-    """A model of which all variables start at zero, as those of a program."""
+    """Returns a model whose variables start at zero, as in a program."""
     inputs = keras.Input((ENTRIES,))
     outputs = keras.layers.Dense(CLASSES, kernel_initializer="zeros")(inputs)
     model = tf_adascale.Model(inputs, outputs)
@@ -38,12 +38,12 @@ def make_model(make_optimizer, microbatches):
 
 
 def state(model):
-    """Weights, averages and slots of a model in training."""
+    """Returns weights, averages and slots of a model in training."""
     return [*model.trainable_variables, *model.optimizer.variables]
 
 
 def data(steps, *, overflow):
-    """Each replica's batches of all steps."""
+    """Returns the batches of each replica for all steps."""
     random = np.random.default_rng(0)
     y = random.integers(CLASSES, size=(CORES, steps, BATCH)).astype("int32")
     x = random.normal(size=(*y.shape, ENTRIES)).astype("float32")
@@ -54,7 +54,7 @@ def data(steps, *, overflow):
 
 
 def of_replicas(strategy, model, x, y):
-    """What each replica has after all steps, one after another."""
+    """Returns the state of each replica after steps of `strategy.run`."""
 
     @tf.function(autograph=False)
     def step(x, y):
@@ -73,7 +73,7 @@ def of_replicas(strategy, model, x, y):
 
 
 def of_cores(strategy, model, x, y):
-    """What each core has after the same steps, in one program."""
+    """Returns the state of each core after the same steps in a program."""
 
     def steps(x, y):
         for number in range(x.shape[0]):
@@ -96,7 +96,7 @@ def of_cores(strategy, model, x, y):
         (programs.adascale, 1, 3),
         (programs.adascale, 2, 3),
         (lambda: AdaScale(programs.sgd(), estimator="differenced"), 1, 4),
-        # It takes five steps to warm up.
+        # AdamScale divides by nothing in the first five steps.
         (lambda: AdamScale(adam()), 1, 8),
         (lambda: Adasum(adam()), 2, 3),
         (lambda: Adasum(adam(), combine="gradients", group_size=2), 1, 3),
@@ -105,7 +105,7 @@ def of_cores(strategy, model, x, y):
 )
 def test_steps_like_replicas(make_optimizer, microbatches, steps, strategy_of):
     is_stock = make_optimizer is programs.sgd
-    # A batch of one replica, at one step, that all must skip.
+    # One batch of one replica overflows, so all must skip this step.
     x, y = data(steps, overflow=not is_stock)
     results = []
     for strategy, train in [
@@ -118,7 +118,7 @@ def test_steps_like_replicas(make_optimizer, microbatches, steps, strategy_of):
     for values in zip(*results, strict=True):
         for expected, received in zip(*values, strict=True):
             np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-6)
-    # All cores have the same weights, which are not those they began with.
+    # All cores have the same weights, and these have changed.
     for weights in results[1][:2]:
         for weight in weights:
             assert np.array_equal(weight, weights[0])

@@ -1,4 +1,4 @@
-"""A TPUStrategy of cores that are not there: it traces, and never runs."""
+"""A TPUStrategy with stub cores: it traces and never runs."""
 
 import collections
 
@@ -33,7 +33,7 @@ def tpu_strategy():
 
 
 class _Resolver(tf.distribute.cluster_resolver.TPUClusterResolver):
-    """Finds what it is told of, without asking a TPU."""
+    """Reports a given topology, without asking a TPU."""
 
     tpu_hardware_feature = None
     environment = ""

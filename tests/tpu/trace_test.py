@@ -1,4 +1,4 @@
-"""Training traces under a TPUStrategy of eight cores that are not there."""
+"""Training can be traced under a TPUStrategy of eight stub cores."""
 
 import collections
 
@@ -16,7 +16,7 @@ def strategy():
 
 
 def graphs_of(graph):
-    """A graph and those of the functions that it calls."""
+    """Returns a graph and the graphs of the functions that it calls."""
     functions = getattr(graph, "_functions", {})
     return [graph, *(function.graph for function in functions.values())]
 
@@ -26,7 +26,7 @@ def operations(graph):
 
 
 def train_function(strategy, make_optimizer, *, steps=1, microbatches=1):
-    """The graph of what `fit` calls, on a dataset given out to the cores."""
+    """Returns the graph that `fit` runs on a distributed dataset."""
     with strategy.scope():
         model = programs.image_model(
             make_optimizer(), microbatches=microbatches
@@ -37,7 +37,7 @@ def train_function(strategy, make_optimizer, *, steps=1, microbatches=1):
     )
     dataset = dataset.unbatch().repeat()
     dataset = dataset.batch(programs.BATCH * stub_strategy.CORES, True)
-    # To the host, for there is no device.
+    # Batches stay on the host, because there is no device.
     options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
     iterator = iter(strategy.experimental_distribute_dataset(dataset, options))
     train = model.make_train_function()
@@ -49,9 +49,9 @@ def adasum(**kwargs):
     return lambda: Adasum(keras.optimizers.Adam(), **kwargs)
 
 
-# Gradients of ten weights. AdaScale has a scalar more. Adasum has the weights;
-# the inner products of three; all cores' parts of three and, in one, of seven;
-# and whether all is finite, which for gradients the products tell.
+# The gradients of ten weights. AdaScale adds a scalar. Adasum sums the weights,
+# the inner products of three of them, all cores' parts of three and, in one, of
+# seven. Updates also need a flag: whether all are finite.
 @pytest.mark.parametrize(
     ("make_optimizer", "count", "steps", "microbatches"),
     [
@@ -89,5 +89,5 @@ def test_own_loop(strategy):
 
     graph = run.get_concrete_function(*batch).graph
     types = collections.Counter(op.type for op in operations(graph))
-    # Three weights, one of them of an embedding, and the scalar.
+    # Three weights, one of them an embedding, and the scalar.
     assert types["CrossReplicaSum"] == 4
