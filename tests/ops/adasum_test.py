@@ -43,7 +43,9 @@ def combine(inputs, dtype="float64"):
 def by_coefficients(inputs, dtype="float64"):
     """Returns the Adasum of vectors, from their inner products."""
     rows = np.asarray(inputs, dtype)
-    factors = adasum_ops.coefficients(tf.constant(rows @ rows.T)).numpy()
+    # In float64, because the error of a float32 sum depends on the processor.
+    products = (rows.astype("float64") @ rows.T).astype(dtype)
+    factors = adasum_ops.coefficients(tf.constant(products)).numpy()
     assert factors.dtype == rows.dtype
     return factors @ rows
 
