@@ -63,8 +63,8 @@ def test_inner_optimizer_that_may_be_wrapped():
 
 
 def test_arguments_of_the_inner_optimizer():
-    rule = "`clipnorm` must be passed to the inner optimizer, as in Adasum("
-    with harness.refused(rule, "{'clipnorm': 1.0}"):
+    rule = "`clipnorm` must be an argument of Adasum. Arguments of Keras's"
+    with harness.refused(rule, "clipnorm=1.0"):
         checks.check_inner_optimizer(SGD(), {"clipnorm": 1.0}, wrapper="Adasum")
 
 

@@ -32,10 +32,12 @@ def check_inner_optimizer(
     >>> check_inner_optimizer(keras.optimizers.SGD(), {}, wrapper="AdaScale")
     """
     if kwargs:
+        name, value = next(iter(kwargs.items()))
         raise ValueError(
-            f"`{next(iter(kwargs))}` must be passed to the inner optimizer, as "
-            f"in {wrapper}(keras.optimizers.SGD(weight_decay=1e-4)). "
-            f"Received: {kwargs}"
+            f"`{name}` must be an argument of {wrapper}. Arguments of Keras's "
+            f"optimizers belong to the inner optimizer, as in {wrapper}("
+            "keras.optimizers.SGD(weight_decay=1e-4)). "
+            f"Received: {name}={value!r}"
         )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
@@ -84,7 +86,8 @@ def check_context(
     if made_under != {updates.strategy()}:
         raise ValueError(
             f"`{name}` and its inner optimizer must be made in the scope of "
-            "the strategy that uses them, in `with strategy.scope():`. "
+            "the strategy that uses them. Make them in `with "
+            "strategy.scope():`, and call `apply` inside `strategy.run`. "
             f"Received: optimizers made under {made_under}, used under "
             f"{updates.strategy()}"
         )
