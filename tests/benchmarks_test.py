@@ -39,7 +39,7 @@ def test_resnet18_has_its_layers():
         for layer in model.layers
         if isinstance(layer, layers.Conv2D)
     ]
-    # The stem, and two in each of four times two blocks.
+    # One in the stem, and two in each block: four stages of two blocks.
     assert kernels.count((3, 3)) == 1 + 2 * 4 * 2
     assert kernels.count((1, 1)) == 3  # One shortcut per new width.
     assert model.output_shape == (None, step_time.NUM_CLASSES)

@@ -1,4 +1,4 @@
-"""Holds BUILD to the files and to what they import."""
+"""Checks BUILD against the files and their imports."""
 
 import ast
 import collections
@@ -26,7 +26,7 @@ def _glob(patterns, exclude=(), allow_empty=False):
         return {path.relative_to(sources.ROOT).as_posix() for path in paths}
 
     if patterns == ["**"]:
-        return []  # Not sources, and it would walk virtual environments.
+        return []  # No sources; a walk would enter virtual environments.
     excluded = set().union(*map(matches, exclude))
     return sorted(set().union(*map(matches, patterns)) - excluded)
 

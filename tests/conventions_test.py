@@ -1,4 +1,4 @@
-"""Holds tf_adascale to the conventions in CONTRIBUTING.md."""
+"""Checks tf_adascale against the conventions in CONTRIBUTING.md."""
 
 import ast
 import copy
@@ -55,8 +55,8 @@ _ADASCALE = {
     "name": "another",
 }
 
-# The classes that are registered with Keras: a function that makes the first
-# argument, and a value for each keyword that differs from its default.
+# The classes registered with Keras. Each has a function that makes its first
+# argument, and a value for each keyword that is not its default.
 SERIALIZABLE = {
     AdaScale: (_adam, {**_ADASCALE, "preconditioned": True}),
     AdamScale: (_adam, {**_ADASCALE, "preconditioned": False}),
@@ -190,7 +190,7 @@ def test_errors_name_the_argument_and_what_was_received(path):
 
 @pytest.mark.parametrize("path", sorted(set(sources.LIBRARY) - COMMANDS))
 def test_library_leaves_the_process_alone(path):
-    """No assert, print, logging, environment variable or flag."""
+    """It uses no assert, print, logging, environment variable or flag."""
     modules = {name.split(".")[0] for name in sources.imported(path)}
     assert not modules & {"absl", "logging"}
     for node in ast.walk(sources.tree(path)):

@@ -1,4 +1,4 @@
-"""Runs the examples in the docstrings; a warning fails them, as any test."""
+"""Runs the examples in docstrings. A warning is an error, as in any test."""
 
 import doctest
 import importlib
@@ -18,7 +18,7 @@ MODULES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 
-# Names that examples use without importing them, beside their module's own.
+# Names that examples use without an import, besides those of their module.
 GLOBALS = {"keras": keras, "np": np, "tf": tf, "tf_adascale": tf_adascale}
 
 

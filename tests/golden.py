@@ -1,14 +1,14 @@
 """Golden cases: gradient samples with moments and gain computed by hand.
 
-The same rows drive the pure functions, the replicas and `fit`. Every sample is
-a list of two gradients, of the shapes in `SHAPES`, so that one two-variable
-model serves all rows; a loss that is linear in the weights, with the entries of
-a sample as its coefficients, has that sample as its gradient. All entries are
-small integers: every sum below is exact in float32.
+The same rows drive the tests of the pure functions, the replicas and `fit`.
+Every sample is a list of two gradients of the shapes in `SHAPES`, so one model
+of two variables serves all rows. A loss that is linear in the weights, with a
+sample's entries as coefficients, has that sample as its gradient. All entries
+are small integers, so every sum below is exact in float32.
 
-The moments are those an optimizer shows after one step: after the floors, up to
-the floor itself (0 stands for 1e-30 in the variance). In the comments, "raw" is
-an estimate below 0, before its floor.
+The moments are the ones that an optimizer shows after one step, with their
+floors applied; a variance of 0 stands for its floor, 1e-30. In the comments,
+"raw" is an estimate before its floor.
 
     A = mean of |g_i|^2,    T = |mean of g_i|^2
     variance = S / (n - 1) (A - T),    sqnorm = T - variance / S
@@ -188,9 +188,9 @@ ADASUM_ROWS = [
         [[3, 0, 0], [-3, 0, 0], [0, 0, 1], [0, 0, -1]],
         [0, 0, 0],
     ),
-    # Pairs first: (2, 2) and (2, -2) are orthogonal, (4, 0, 0); (2, ., 2) and
-    # (2, ., -2) likewise; these two are equal: (4, 0, 0), where the mean of the
-    # four is (2, 0, 0).
+    # The pair (2, 2, 0), (2, -2, 0) is orthogonal and makes (4, 0, 0), and so
+    # does the pair (2, 0, 2), (2, 0, -2). Equal nodes make their mean,
+    # (4, 0, 0). The mean of all four is (2, 0, 0).
     AdasumRow(
         "four_around",
         [[2, 2, 0], [2, -2, 0], [2, 0, 2], [2, 0, -2]],

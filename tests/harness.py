@@ -1,11 +1,10 @@
 """Helpers for tests of optimizers, training and callbacks.
 
-Steps of an optimizer on N replicas with chosen gradients (`Run`), comparison of
-variables, small models and `fit`, refused calls.
+`Run` steps an optimizer on N replicas with chosen gradients. Functions compare
+variables, make and fit small models, and expect refused calls.
 
-Values are NumPy arrays outside TensorFlow. A *sample* is the gradient of one
-replica's micro-batch; samples are in the order of the replicas, those of one
-replica side by side.
+Outside TensorFlow, values are NumPy arrays. A *sample* is the gradient of one
+replica's micro-batch. Samples are ordered by replica, then by micro-batch.
 """
 
 import contextlib
@@ -44,8 +43,8 @@ def _mirrored(num_replicas):
         )
     return tf.distribute.MirroredStrategy(
         [f"CPU:{index}" for index in range(num_replicas)],
-        # The default on CPUs is a collective. Its groups stay, so a second
-        # strategy of another size would fail in the same process.
+        # The default on CPUs uses collectives, whose groups stay in the
+        # process: a second strategy of another size would fail.
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
 
@@ -86,7 +85,7 @@ def state(of):
     """Returns a dict, comparable by `==`: path to the bytes per replica.
 
     Args:
-        of: list of Keras variables and of optimizers, which have variables.
+        of: list of Keras variables and optimizers.
     """
     held = {}
     for variable in _flat(of):
@@ -104,7 +103,7 @@ def changed(before, after):
 def assert_same(left, right):
     """Asserts that variables, or optimizers, are equal to the bit.
 
-    They are compared in their order, by the last part of their path, type and
+    Variables are compared in order: the last part of the path, the type and
     the values on all replicas.
     """
     left, right = _flat(left), _flat(right)
@@ -156,8 +155,8 @@ class Run:
         values: list of arrays to start from.
         microbatches: int, k.
         dtype: string, of the weights.
-        graph: bool, whether to step in a `tf.function`. Tracing takes as long
-            as many steps without.
+        graph: bool, whether to step in a `tf.function`. Tracing it takes as
+            long as many eager steps.
     """
 
     def __init__(
@@ -190,8 +189,8 @@ class Run:
         Args:
             gradients: list of arrays, one per variable, of shape
                 `(N * k, *variable.shape)`.
-            prepare: function of what a replica is about to give to `apply`,
-                a list of tensors, that returns what it gives instead.
+            prepare: function from a replica's mean gradients, a list of
+                tensors, to the gradients that it passes to `apply`.
         """
         dtypes = [v.dtype for v in self.variables]
         gradients = [tf.constant(g, d) for g, d in zip(gradients, dtypes)]
@@ -239,7 +238,7 @@ class Run:
 
 
 def slices(dense, shape_known=True):
-    """Returns a gradient as slices, each row in two: a quarter and the rest."""
+    """Returns a gradient as slices: a quarter of each row, then the rest."""
     return tf.IndexedSlices(
         tf.concat([0.25 * dense, 0.75 * dense], 0),
         tf.concat([tf.range(dense.shape[0])] * 2, 0),
@@ -287,7 +286,7 @@ def dense_model(model_class, *, hidden=(), units=4):
 
 
 def regression(size, width=3, dtype="float32"):
-    """Returns x, y: rows, and their sums beside noise."""
+    """Returns x, y: random rows, and their sums plus noise."""
     random = np.random.default_rng(1)
     x = random.normal(size=(size, width)).astype(dtype)
     noise = random.normal(size=(size, 1)).astype(dtype)
@@ -305,7 +304,7 @@ def fit(model, *data, **arguments):
 
 
 def iterations(model):
-    """Returns the int of a model's optimizer's iterations."""
+    """Returns the iterations of a model's optimizer as an int."""
     return int(first(model.optimizer.iterations))
 
 
@@ -325,7 +324,7 @@ def refused(rule, received=""):
 
 @contextlib.contextmanager
 def untouched(*of):
-    """Expects a block to change nothing of variables and optimizers.
+    """Expects a block to change no variable and no optimizer.
 
     >>> with untouched(optimizer), refused("`grads` must"):
     ...     optimizer.apply([])

@@ -1,4 +1,4 @@
-"""Tests of `import tf_adascale`, each in a process of its own."""
+"""Tests of `import tf_adascale`, each in its own process."""
 
 import subprocess
 import sys

@@ -1,14 +1,14 @@
 """Faults of stock Keras under `tf.distribute` that this library does not have.
 
-Each class is one fact: in the first test stock Keras fails, in the second this
-library does the same job on the same data. The first tests hold for all claimed
-versions of Keras (seen on 3.10.0 and 3.15.1). One that fails on a later version
-shows that Keras has been repaired.
+Each class tests one fault: in the first test stock Keras fails, in the second
+this library does the same job on the same data. The first tests pass on all
+supported versions of Keras (checked on 3.10.0 and 3.15.1). If one fails on a
+later version, Keras has been repaired.
 
 All train one weight vector w on the loss mean(x . w), whose gradient is mean(x)
 over the batch, at rate 1 from w = 0: after one step w = -mean(x).
 
-The first fact, K1, needs several processes: `processes/multiworker_test.py`.
+`processes/multiworker_test.py` tests K1, which needs several processes.
 """
 
 import functools
@@ -53,9 +53,9 @@ def two_replicas(strategy_of):
 
 @functools.cache
 def two_replicas_with_collectives():
-    """Two replicas with the reduction that is the default, where Keras fails.
+    """Returns two replicas with the default reduction, where Keras fails.
 
-    Once: TensorFlow does not tell the collectives of a second from these.
+    TensorFlow confuses the collectives of two such strategies, so it is cached.
     """
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
@@ -173,7 +173,7 @@ class TestK5LossScale:
 class TestK6NoGradient:
     @staticmethod
     def train(strategy, model_class, make_optimizer):
-        """One step of a model with a weight that the loss ignores."""
+        """Takes one step of a model with a weight that the loss ignores."""
         with strategy.scope():
             inputs = keras.Input((2,))
             used = keras.layers.Dense(

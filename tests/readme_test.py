@@ -41,7 +41,7 @@ def _code(page):
 
 
 def _run(page, changes=()):
-    """Runs a page's examples, one after another; returns their names."""
+    """Runs a page's examples in order; returns the names that they define."""
     names = {"strategy_of": harness.strategy_of}
     for code in _code(page):
         for old, new in {**SHORTER, **dict(changes)}.items():
@@ -59,7 +59,7 @@ def _in_empty_folder(tmp_path, monkeypatch):
 def test_the_example_stops_by_progress():
     optimizer = _run("README.md")["model"].optimizer
     # 2 replicas of 2 micro-batches: tau grows by 1 to 4 per step, and the
-    # callback looks after each.
+    # callback checks it after each step.
     assert optimizer.scale == 4
     tau = float(optimizer.scale_invariant_step)
     assert 6 <= tau < 6 + float(optimizer.gain)

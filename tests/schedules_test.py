@@ -1,4 +1,4 @@
-"""Schedules of the fixed scaling rules: closed forms, an oracle, Keras."""
+"""Schedules of fixed scaling rules: closed forms, an oracle, use in Keras."""
 
 import math
 
@@ -33,12 +33,12 @@ def drop(boundary, rates=(0.5, 0.25)):
 
 
 def exponential(total_steps, rate=0.08, decay=0.0133):
-    """Table 3's family: rate decay^(t / total_steps)."""
+    """The exponential family of table 3: rate decay^(t / total_steps)."""
     return keras.optimizers.schedules.ExponentialDecay(rate, total_steps, decay)
 
 
 def step_decay(total_steps, rate=0.08, decay=0.1):
-    """Table 3's family: rate decay^(number of boundaries below t)."""
+    """The step family of table 3: rate decay^(number of boundaries below t)."""
     boundaries = [total_steps // 2, total_steps * 4 // 5]
     values = [rate, rate * decay, rate * decay**2]
     return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
@@ -48,7 +48,7 @@ FAMILIES = {"exponential": exponential, "step": step_decay}
 
 
 def run(schedule, iterations):
-    """Returns the rates of a whole run, as a graph gives them."""
+    """Returns the rates of a whole run, computed in a graph."""
     rates = tf.function(
         lambda ts: tf.map_fn(schedule, ts, fn_output_signature=tf.float32)
     )
@@ -73,7 +73,7 @@ def test_scaled_iterations_are_rounded_up(total_steps, scale, expected):
 
 
 def lsw(schedule, *, total_steps=32, scale=4, warmup=0.25, **arguments):
-    """By default T_S = 32 / 4 = 8 and W = 0.25 * 8 = 2."""
+    """Returns LSW; by default T_S = 32 / 4 = 8 and W = 0.25 * 8 = 2."""
     return LinearScalingWithWarmup(
         schedule,
         scale=scale,
@@ -122,8 +122,8 @@ def lsw(schedule, *, total_steps=32, scale=4, warmup=0.25, **arguments):
             lsw(exponential(100), scale=1, total_steps=100, warmup=0.055),
             [0.08] * 7 + [0.08 * 0.0133 ** (1 / 94)],
         ),
-        # LSW's of drop(20) over 16 iterations: every rate's position twice as
-        # far, W = 4: 0.5 (1 + 3 t / 4); 4 t / 2 > 20 from t = 11 on.
+        # LSW of drop(20) stretched to 16 iterations, twice as many, so W = 4:
+        # 0.5 (1 + 3 t / 4); 4 t / 2 > 20 from t = 11 on.
         (
             lsw(drop(20), iterations=16),
             [0.5, 0.875, 1.25, 1.625] + [2] * 7 + [1] * 5,
@@ -191,7 +191,7 @@ class TestOracle:
         "scale, iterations",
         [
             *[(scale, None) for scale in SCALES],
-            # LSW+: T_S = 24, so position t 24 / iterations. 17 shrinks.
+            # LSW+: T_S = 24, so position is t 24 / iterations. 17 shrinks.
             (64, 17),
             (64, 68),
         ],
@@ -267,7 +267,7 @@ class TestKerasContract:
             assert eager.shape == ()
             for same in (t, float(t), tf.constant(t, tf.int32)):
                 np.testing.assert_array_equal(schedule(same), eager)
-            # Graphs reorder constant factors, and XLA has a pow of its own.
+            # Graphs reorder constant factors, and XLA has its own pow.
             np.testing.assert_allclose(graph(step), eager, rtol=TOLERANCE)
             np.testing.assert_allclose(compiled(step), eager, rtol=TOLERANCE)
 
@@ -292,7 +292,7 @@ def test_a_schedule_drives_an_optimizer_also_of_a_saved_model(
 
 
 class TestExactness:
-    """Steps far beyond 2^24, where float32 counts by more than one."""
+    """Steps far beyond 2^24, where float32 skips whole numbers."""
 
     @pytest.mark.parametrize("scale", [3, 1.5])
     def test_of_a_boundary(self, scale):
@@ -305,7 +305,7 @@ class TestExactness:
 
     @pytest.mark.parametrize("stretch", [1, 3])
     def test_of_a_boundary_after_a_warmup(self, stretch):
-        # T_S = 2^28 whatever W; S t / stretch meets 2^29 at t = 2^27 stretch.
+        # T_S = 2^28 for any W. S t / stretch meets 2^29 at t = 2^27 stretch.
         schedule = lsw(
             drop(2**29, [1.0, 0.0]),
             total_steps=2**30,

@@ -9,7 +9,7 @@ FOLDERS = ("tf_adascale", "tests", "examples", "benchmarks")
 
 
 def files(folder: str) -> list[str]:
-    """Returns the Python files below a folder: "tf_adascale/ops/ema.py"."""
+    """Returns a folder's Python files, such as "tf_adascale/ops/ema.py"."""
     paths = (ROOT / folder).rglob("*.py")
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
@@ -24,7 +24,7 @@ def text(path: str) -> str:
 
 @functools.cache
 def tree(path: str) -> ast.Module:
-    """Returns a file's syntax tree; not to be changed."""
+    """Returns a file's syntax tree, which callers must not change."""
     return ast.parse(text(path), path)
 
 
@@ -44,7 +44,7 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def imported(path: str) -> set[str]:
-    """Returns the dotted names that a file imports: modules, or in modules."""
+    """Returns the dotted names of the modules and members a file imports."""
     names = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):

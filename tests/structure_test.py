@@ -1,4 +1,4 @@
-"""Holds tf_adascale to the layers in CONTRIBUTING.md."""
+"""Checks tf_adascale against the layers in CONTRIBUTING.md."""
 
 import ast
 import re
@@ -8,8 +8,8 @@ import pytest
 
 from tests import sources
 
-# Packages that the library may import. Only single functions import matplotlib,
-# and say how to install it.
+# Packages that the library may import. matplotlib is imported inside functions
+# only, which say how to install it.
 REQUIREMENTS = {"keras", "numpy", "tensorflow", "matplotlib"}
 
 MAX_LINES = 425

@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = pathlib.Path(__file__).parent / "typing" / "user_program.py"
 
-# Lines at the end of the program that are wrong.
+# Lines with type errors, appended to the program.
 MISTAKES = """
 tf_adascale.AdaScale(adam, scale="big")
 tf_adascale.AdaScale(adam, estimator="best")
@@ -25,7 +25,7 @@ def test_a_program_is_accepted_but_for_its_mistakes(tmp_path):
     program = PROGRAM.read_text()
     path = tmp_path / "program.py"
     path.write_text(program + MISTAKES)
-    # Not in the repository's folder: it finds the package as it is installed.
+    # Outside the repository, mypy finds the installed package.
     # Keras and TensorFlow are not annotated.
     command = [sys.executable, "-m", "mypy", "--ignore-missing-imports"]
     process = subprocess.run(

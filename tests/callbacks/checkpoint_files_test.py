@@ -118,7 +118,7 @@ class TestRestore:
         held = objects(7)
         assert opened(directory, held).restore() is None
         assert number_in(held) == 7
-        # Only saving makes the directory.
+        # Only a save creates the directory.
         assert directory.exists() == exists
 
     def test_the_newest_by_number(self, tmp_path):
@@ -226,7 +226,7 @@ TEXT, NONE = "text: string, shape ()", "no such variable"
 def test_checkpoints_of_other_objects_are_refused(
     change, found, expected, directory
 ):
-    """In a change, 0 and 1 are unchanged parts, and None removes one."""
+    """In `change`, 0 and 1 are indices of old parts. None removes a name."""
     held = objects(7)
     parts = held["parts"]
     kind = change.get("kind", "kind")
@@ -253,7 +253,7 @@ def test_checkpoints_of_other_objects_are_refused(
 
 
 def test_checkpoints_without_a_signature_are_refused(tmp_path):
-    # Checkpoints without a signature.
+    # tf.train.Checkpoint by itself writes no signature.
     held = objects(1)
     tf.train.Checkpoint(**held).write(str(tmp_path / "ckpt-1"))
     with harness.refused("`directory` must hold checkpoints of this model"):
@@ -262,7 +262,7 @@ def test_checkpoints_without_a_signature_are_refused(tmp_path):
 
 @contextlib.contextmanager
 def disk_with(free_bytes):
-    """Makes writes fail at a file size, as they do on a full disk."""
+    """Makes writes beyond a file size fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
     try:
@@ -397,7 +397,7 @@ class TestSave:
         run.save()
         newest = indices(directory)[-1]
         (directory / newest).unlink()
-        # The checkpoint before is whole.
+        # The checkpoint before it is whole.
         assert restored(directory) == 2
 
     def test_warns_of_a_directory_that_cannot_be(self, tmp_path):

@@ -133,7 +133,7 @@ def counts(checkpoint):
 
 def go_on(model, checkpoint, *, epochs, callbacks=(), **arguments):
     """Trains as `Checkpoint` documents; returns the last epoch's digest."""
-    digests = []  # Of epochs, because Keras averages weights after the last.
+    digests = []  # At ends of epochs: Keras averages weights later.
     look = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: digests.append(digest(model))
     )
@@ -192,7 +192,7 @@ class TestCheckpoint:
         "name, inside", [("moments", False), ("adasum", True)]
     )
     def test_goes_on_with_other_replicas(self, name, inside, tmp_path):
-        # The scale stays 4, from replicas or from micro-batches.
+        # The scale stays 4: replicas times micro-batches.
         saved = None
         for epochs, count in enumerate([1, 4, 2], start=1):
             strategy = harness.strategy_of(count)
@@ -462,7 +462,7 @@ class TestSigterm:
         assert checkpoint.step == 1
         model = built(seed=1)
         checkpoint = Checkpoint(tmp_path / "parts", model=model)
-        # The rest of the interrupted epoch is not repeated: 1 + 2 + 2 + 2.
+        # The rest of the interrupted epoch is skipped: 1 + 2 + 2 + 2.
         go_on(model, checkpoint, epochs=4)
         assert checkpoint.step == 7
         last = go_on(model, checkpoint, epochs=5, steps_per_epoch=1)

@@ -1,4 +1,4 @@
-"""Callbacks that watch progress: when training ends, what logs show."""
+"""Callbacks that watch progress: the end of training, and the logs."""
 
 import csv
 
@@ -58,7 +58,7 @@ def progress(model):
 
 class TestStopAtScaleInvariantStep:
     def test_stops_at_the_first_step_that_reaches_the_total(self):
-        # Without averages. Each fit continues from the last one.
+        # Averages are off. Each fit continues from the last one.
         model = linear_model(smoothing=0.0)
         for samples, total_steps, expected in [
             (EQUAL, 5, 5),
@@ -165,7 +165,7 @@ class TestScalingLog:
         history = harness.fit(
             model, batches(EQUAL, 5), callbacks=[ScalingLog()], epochs=2
         ).history
-        # Gain 1; the rate shown is that of the step to come.
+        # The gain is 1. The log shows the rate of the next step.
         assert history["learning_rate"] == pytest.approx([0.05, 0.025])
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,4 +1,4 @@
-"""Collectives: all replicas compute the same together."""
+"""Collectives: all replicas compute the same result together."""
 
 import numpy as np
 import pytest
@@ -135,7 +135,7 @@ class TestInnerProducts:
     )
     def test_of_half_precision_are_float32(self, dtypes, expected):
         def function():
-            # 64^2 * 40 = 163840: more than float16 has.
+            # 64^2 * 40 = 163840: more than float16 holds.
             return collectives.inner_products(
                 [tf.fill([40], tf.constant(64.0, dtype)) for dtype in dtypes]
             )

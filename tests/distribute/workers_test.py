@@ -1,4 +1,4 @@
-"""Workers: their number, the one that saves, and agreement to stop."""
+"""Workers: their number, their chief, agreement, and lost ones."""
 
 import pytest
 import tensorflow as tf
@@ -8,7 +8,7 @@ from tf_adascale.distribute import workers
 
 
 class Cluster(tf.distribute.MultiWorkerMirroredStrategy):
-    """A strategy that has a cluster and starts nothing."""
+    """A strategy that describes a cluster and starts nothing."""
 
     def __init__(self, cluster):
         self._cluster = cluster
@@ -79,7 +79,7 @@ class TestAgree:
     def two_workers(self, monkeypatch):
         monkeypatch.setattr(workers, "num_workers", lambda strategy: 2)
 
-    # Beyond the whole numbers of float64 and int32.
+    # Two are too large for int32, and one of them for float64.
     @pytest.mark.parametrize("number", [0, 7, 2**31 + 1, 2**60 + 1])
     def test_all_have_the_same(self, number):
         assert workers.agree(harness.strategy_of(2), number) is True

@@ -1,4 +1,4 @@
-"""Holds the examples to their layout."""
+"""Checks the layout of the examples."""
 
 import pytest
 

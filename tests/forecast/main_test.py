@@ -145,5 +145,5 @@ def test_a_process_prints_the_table_and_warns_of_nothing(log):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2] == "4        56.2      1.60      40.0 %"
-    # runpy would warn of a module that its package imports.
+    # runpy would warn if the package imported the module itself.
     assert "Warning" not in done.stderr

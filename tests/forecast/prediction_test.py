@@ -72,7 +72,7 @@ class TestIterations:
         assert forecast.iterations(record, 4) == pytest.approx(16, rel=1e-12)
 
     def test_of_negative_averages(self):
-        # Possible with estimator="ratio". r_S = S where sigma^2/S + mu^2 < 0:
+        # estimator="ratio" allows them. r_S = S where sigma^2/S + mu^2 < 0:
         # 5/16 - 2 < 0.
         result = forecast.iterations(constant(5, -2), 16)
         assert result == pytest.approx(90 / 16)
@@ -152,7 +152,7 @@ class TestLaws:
         st.floats(1, 1e6),
     )
     def test_gains_lie_between_one_and_the_scale(self, steps, scale):
-        """Holds for all averages, including some that no run would have."""
+        """The bounds hold for all averages, even those that no run has."""
         gains, *averages = np.array(steps).T
         tau = np.cumsum(gains + 0.1)
         result = forecast.iterations(forecast.Record(tau, *averages), scale)

@@ -1,4 +1,4 @@
-"""Records: logs that are read, and files that are not logs."""
+"""Records: logs are read, and files that are not logs are refused."""
 
 import math
 

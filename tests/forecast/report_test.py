@@ -9,7 +9,7 @@ from tf_adascale import forecast
 
 
 def row(scale):
-    """As much signal as noise: T(S) = 90 (S + 1) / (2 S)."""
+    """Returns a row of as much signal as noise: T(S) = 90 (S + 1) / (2 S)."""
     return forecast.Row(
         scale,
         90 * (scale + 1) / (2 * scale),

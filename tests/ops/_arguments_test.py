@@ -1,4 +1,4 @@
-"""Checks of arguments: what passes, what is refused, and in which words."""
+"""Checks of arguments: accepted values, refused values and messages."""
 
 import fractions
 import math

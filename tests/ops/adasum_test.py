@@ -13,8 +13,8 @@ COMPILED = {
     "function": tf.function,
     "xla": lambda function: tf.function(function, jit_compile=True),
 }
-# Relative to the largest entry of the inputs. In float32 a sum that is a
-# hundred times smaller than what it sums loses as much of its direction.
+# Relative to the largest entry of the inputs. A float32 sum that is a hundred
+# times smaller than its terms has a direction a hundred times less exact.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -114,9 +114,9 @@ class TestOracle:
 
     def test_coefficients_are_those_of_the_tree(self):
         """A left-over input skips levels, which changes the factors."""
-        # Orthogonal but for x_4 = x_0, of five. x_0 to x_3 are added, and their
-        # sum s, |s|^2 = 4, meets x_4: s.x_4 = 1, so that s counts
-        # 1 - 1/8 = 7/8 and x_4 counts 1 - 1/2 = 1/2.
+        # Five inputs, orthogonal except for x_4 = x_0. The tree adds x_0 to x_3
+        # and combines their sum s, |s|^2 = 4, with x_4. As s.x_4 = 1, s has
+        # the factor 1 - 1/8 = 7/8, and x_4 has 1 - 1/2 = 1/2.
         products = np.eye(5)
         products[0, 4] = products[4, 0] = 1
         factors = adasum_ops.coefficients(tf.constant(products))
@@ -128,7 +128,7 @@ class TestOracle:
     [("function", "float16", 2**-10), ("xla", "bfloat16", 2**-7)],
 )
 def test_half_precision_is_combined_in_float32(mode, dtype, tolerance):
-    # Squared norms of 300 * 300^2 = 2.7e7, where float16 ends at 65504.
+    # Squared norms are 300 * 300^2 = 2.7e7, over float16's 65504.
     inputs = [
         tf.cast(300 + 30 * normal(300, seed=seed), dtype) for seed in range(3)
     ]
@@ -182,7 +182,7 @@ class TestObviousCases:
             1e-15,
         )
         # ab = (1, 1) and cd = (2, 0): 1 - 2/4 = 1/2 and 1 - 2/8 = 3/4.
-        # Neighbours may change places, and pairs of them.
+        # Neighbours may change places, and so may pairs of neighbours.
         for order in (
             [a, b, c, d],
             [b, a, c, d],
@@ -224,7 +224,7 @@ class TestLaws:
 
     @given(st.lists(st.integers(-3, 3), min_size=16, max_size=16))
     def test_is_the_walk_also_where_inputs_are_special(self, entries):
-        """Small whole numbers are often equal, opposite, orthogonal or 0."""
+        """Small integer vectors are often equal, opposite, orthogonal or 0."""
         inputs = np.reshape(entries, (2, 4, 2)).astype("float64")
         self.assert_combines_to(inputs, [walked(rows) for rows in inputs])
 
@@ -244,8 +244,8 @@ class TestTooSmallToDivideBy:
             assert np.array_equal(way(zeros, dtype), zeros[0])
 
     def test_horovods_threshold_in_float64(self):
-        """A squared norm under 1.5e-154 has the factor 1."""
-        # For a and a: 1 - 1/2 each above, 1 below; lengths 1.26e-77, 1.18e-77.
+        """An input whose squared norm is under 1.5e-154 has the factor 1."""
+        # Factors of a and a: 1 - 1/2 above, 1 below; |a| 1.26e-77, 1.18e-77.
         for square, factor in [(1.6e-154, 0.5), (1.4e-154, 1.0)]:
             products = tf.constant(np.full((2, 2), square))
             factors = adasum_ops.coefficients(products).numpy()
@@ -264,7 +264,7 @@ class TestTooSmallToDivideBy:
         # Orthogonal inputs are added, whatever their lengths.
         received = combine([[1e-80, 0.0], [0.0, 1e150]])
         assert received.tolist() == [1e-80, 1e150]
-        # Squared norms of 1e300; equal ones make their mean.
+        # Squared norms are 1e300. Equal inputs make their mean.
         assert combine([[1e150, 0.0]] * 2).tolist() == [1e150, 0.0]
 
     @each_way
@@ -275,7 +275,7 @@ class TestTooSmallToDivideBy:
     def test_parallel_over_the_range_is_the_mean(
         self, dtype, least, most, tolerance, way
     ):
-        """Lengths from the smallest to the largest, as in Horovod's tests."""
+        """Lengths cover the whole range, as in Horovod's tests."""
         for count in (2, 4):
             powers = np.arange(1, count + 1) / count
             lengths = most**powers * least ** (1 - powers)
@@ -290,7 +290,7 @@ class TestTooSmallToDivideBy:
     def test_cancelling_in_the_middle_of_the_tree(self, size, dtype, way):
         """A node whose parts are opposite counts as zero, not as noise."""
         a, b, c, d = normal(4, size).astype(dtype)
-        # Scalars that follow from squares, see `coefficients`.
+        # `coefficients` is inexact for inputs with fewer than 8 entries.
         coarse = size < 8 and dtype == "float32"
         tolerance = 1e-3 if coarse else TOLERANCE[dtype]
         for inputs, left in [

@@ -1,4 +1,4 @@
-"""The moving average of weights: closed forms, and one memory at all scales."""
+"""The moving average of weights: closed forms, equal memory at all scales."""
 
 import itertools
 
@@ -103,7 +103,7 @@ def test_one_step_averages_like_the_base_steps_it_stands_for(momentum, steps):
 
 
 def test_two_steps_average_like_their_base_steps():
-    # From 0 to 3 in three base steps, on to 8 in five.
+    # From 0 to 3 in three base steps, then to 8 in five.
     average = float64(0.5)
     for before, after in [(0.0, 3.0), (3.0, 8.0)]:
         average = ema_ops.advance_average(

@@ -30,14 +30,14 @@ def start(value=0.0, *, count=0, dtype="float64"):
 
 
 def vectors(row, dtype):
-    """The samples of a golden row as an array of shape [n, d]."""
+    """Returns the samples of a golden row as an array of shape [n, d]."""
     return np.array(
         [np.concatenate([x.ravel() for x in s]) for s in row.samples], dtype
     )
 
 
 def moments_of(samples, scale):
-    """The moments of samples of shape [..., n, d], of the samples' type."""
+    """Returns the moments of samples of shape [..., n, d], in their type."""
     return gain_ops.moments(
         tf.constant(np.sum(samples**2, axis=-1).mean(-1)),
         tf.constant(np.sum(samples.mean(-2) ** 2, axis=-1)),
@@ -134,10 +134,10 @@ def test_differenced_moments_by_hand():
 
 
 class TestUnbiased:
-    """Means over many steps, within four standard errors."""
+    """Means over many steps are within four standard errors of the moments."""
 
     def samples(self, num_samples, per_sample):
-        """Mean gradients of `per_sample` base batches each: [40000, n, 3]."""
+        """Returns means of `per_sample` base batches each: [40000, n, 3]."""
         random = np.random.default_rng(7)
         # |mean|^2 = 0.36 + 0.09 + 0.04 = 0.49; trace = 1 + 4 + 0.25 = 5.25.
         mean, deviation = np.array([0.6, -0.3, 0.2]), np.array([1.0, 2.0, 0.5])
@@ -148,7 +148,7 @@ class TestUnbiased:
         for values, expected in zip(moments, (5.25, 0.49)):
             values = values.numpy()
             error = values.std() / np.sqrt(len(values))
-            assert error < 0.03  # A wrong factor does more.
+            assert error < 0.03  # A wrong factor shifts it by more.
             assert abs(values.mean() - expected) < 4 * error
 
     @pytest.mark.parametrize("num_samples, scale", [(2, 2), (4, 10), (3, 1.5)])
@@ -172,7 +172,7 @@ def test_moments_are_clamped_from_below():
     assert [float(x) for x in clamped] == [1e-30, 0.0]
     clamped = gain_ops.clamp_moments(pair(3.0, 4.0))
     assert [float(x) for x in clamped] == [3.0, 4.0]
-    # In float32 the floor over a large scale is still a normal number.
+    # In float32 the floor divided by a large scale is a normal number.
     clamped = gain_ops.clamp_moments(pair(0.0, 0.0, "float32"))
     assert clamped.gradient_variance / 1e6 > np.finfo("float32").tiny
 
@@ -186,7 +186,7 @@ def test_the_default_smoothing_remembers_1000_samples():
 
 class TestUpdateAverages:
     def test_is_a_plain_mean_then_exponential(self):
-        # theta = 0.75: up to the fourth step the mean, of 1, 2, 3, 4 2.5;
+        # theta = 0.75: up to the fourth step the mean, 2.5 for 1, 2, 3, 4;
         # then 2.5 + (7.5 - 2.5) / 4 = 3.75, where a mean would give 3.5.
         averages, means = start(), []
         for number, value in enumerate((1.0, 2.0, 3.0, 4.0, 7.5), start=1):
@@ -200,7 +200,7 @@ class TestUpdateAverages:
         assert means == [1.0, 1.5, 2.0, 2.5, 3.75]
 
     @pytest.mark.parametrize(
-        # The first step of all, and every step without smoothing.
+        # The very first step, and any step without smoothing.
         "count, smoothing",
         [(0, 0.9), (5, 0.0)],
     )
@@ -286,7 +286,7 @@ class TestRatio:
             assert float(gain) == 8.0
 
     def test_lies_between_1_and_the_scale(self, dtype):
-        """Holds for all moments, up to the limits of float32."""
+        """The bounds hold for all moments, up to the limits of float32."""
         extremes = [0.0, 1e-45, 1e-38, 1e-30, 1e-24, 1.0, 1e24, 3.4e38]
         values = np.array([*np.negative(extremes), *extremes])
         moments = pair(*np.meshgrid(values, values), dtype)
@@ -325,8 +325,8 @@ class TestRatioEstimator:
         random = np.random.default_rng(3)
         smoothing, averages, m1, m2, clipped = 0.8, start(), 0.0, 0.0, 0
         for t in range(60):
-            # Noise alone at a magnitude where epsilon matters: the raw ratio
-            # falls on both sides of S = 4.
+            # Pure noise, at a magnitude where epsilon matters, puts the raw
+            # ratio on both sides of S = 4.
             samples = random.normal(size=(4, 2)) * 1e-3
             averages = gain_ops.update_averages(
                 averages, moments_of(samples, 4), smoothing=smoothing
@@ -389,14 +389,14 @@ class TestAdvance:
             first[1], pair(12.0, 1.0, "float32"), scale=4, smoothing=0.9
         )
         self.check(second, 3.0, [8, 1], 2, 5.5)
-        # Without smoothing the step alone: r = (8 + 4) / (8/4 + 4) = 2.
+        # Without smoothing only this step: r = (8 + 4) / (8/4 + 4) = 2.
         third = gain_ops.advance(
             second[1], pair(8.0, 4.0, "float32"), scale=4, smoothing=0.0
         )
         self.check(third, 2.0, [8, 4], 3, 7.5)
 
     def test_a_step_that_measures_nothing_leaves_the_averages(self):
-        # They give the gain at any scale: (8 + 1) / (8/8 + 1) = 4.5.
+        # The averages give the gain at any scale: (8 + 1) / (8/8 + 1) = 4.5.
         before = state(Averages(pair(8.0, 1.0, "float32"), tf.constant(2)))
         nan = pair(np.nan, np.nan, "float32")
         for moments, is_measured in [(None, None), (nan, tf.constant(False))]:
@@ -420,7 +420,7 @@ class TestAdvance:
         self.check(result, 2.5, [4, 1], 1, 2.5)
 
     def test_the_gain_is_1_before_anything_is_measured(self):
-        """Any averages, at a tau that float64 cannot count to."""
+        """Averages with a count of 0 are ignored, at a huge tau too."""
         before = state(start(1e9, dtype="float32"), whole=2**40, fraction=0.75)
         result = gain_ops.advance(before, None, scale=4, smoothing=0.9)
         self.check(result, 1.0, [1e9, 1e9], 0, 2**40 + 1.75)
@@ -474,7 +474,7 @@ def test_eager_function_and_xla_agree():
 
 
 def exact(step):
-    """A `ScaleInvariantStep` as a fraction."""
+    """Returns a `ScaleInvariantStep` as a fraction."""
     fraction = step.fraction.numpy()
     assert fraction.dtype == np.float32
     assert 0 <= fraction < 1
@@ -515,7 +515,7 @@ class TestAdvanceStep:
         assert self.total(1 + 2.0**-23, 2**40) == 2**40 + self.SIZE + excess
 
     def test_gains_below_1_stay_within_rounding(self):
-        # A scale below 1: each sum may round by half of 2^-24 at most.
+        # At a scale below 1 each sum rounds by at most half of 2^-24.
         random = np.random.default_rng(6)
         gains = random.uniform(0.01, 1, size=self.SIZE).astype("float32")
         expected = sum(fractions.Fraction(float(gain)) for gain in gains)

@@ -29,7 +29,7 @@ def slices(values, indices, num_rows, dtype="float32", index_dtype="int32"):
 
 
 def oracle(gradients):
-    """The sum of squares in float64, duplicates of an index added first."""
+    """Returns the sum of squares in float64, of slices added by index."""
     total = 0.0
     for gradient in filter(lambda g: g is not None, gradients):
         if isinstance(gradient, tf.IndexedSlices):
@@ -75,7 +75,7 @@ class TestSquaredNorm:
         # 300^2 = 90000 is over float16's 65504; 4 of them are 360000.
         gradient = tf.fill([4], tf.constant(300.0, tf.float16))
         assert float(MODES[mode]([gradient])) == 360000.0
-        # 1e-4^2 = 1e-8 is under float16's smallest number, 6e-8. Half holds
+        # 1e-4^2 = 1e-8 is under float16's smallest number, 6e-8. float16 holds
         # 1e-4 itself to 3 digits.
         gradient = tf.fill([100], tf.constant(1e-4, tf.float16))
         np.testing.assert_allclose(MODES[mode]([gradient]), 1e-6, rtol=1e-3)

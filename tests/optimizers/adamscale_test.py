@@ -1,6 +1,6 @@
 """AdamScale: the gain in the units of an adaptive optimizer's step.
 
-What an optimizer divides by is in `preconditioner_test.py`; here it is Adam.
+The inner optimizer is Adam; `preconditioner_test.py` tests all divisors.
 """
 
 import keras
@@ -21,13 +21,13 @@ def adam(epsilon=1e-3):
 
 
 def divisor(gradients):
-    """What Adam divides by after these: sqrt(v-hat) + epsilon, in float64."""
+    """Returns Adam's divisor in float64: sqrt(v-hat) + epsilon."""
     weights = 0.9 ** np.arange(len(gradients))[::-1]
     return np.sqrt(weights @ gradients**2 / weights.sum()) + 1e-3
 
 
 def samples(steps=8, count=4, size=6):
-    """Gradient samples, float32 of shape (t, n, d), coordinates of any size."""
+    """Returns gradient samples (t, n, d) with coordinates of many sizes."""
     random = np.random.default_rng(1)
     mean = random.normal(size=size)
     noise = random.normal(size=(steps, count, size))
@@ -46,7 +46,7 @@ def among_samples(steps, scale):
 
 
 def between_steps(steps, scale):
-    """The same of one sample per step, compared with the one before."""
+    """Yields the same from one sample per step and the one before it."""
     steps = np.asarray(steps, np.float64)[:, 0]
     yield None
     for t in range(1, len(steps)):
@@ -72,7 +72,7 @@ def oracle(moments, scale):
 
 
 def run_of(num_replicas, microbatches, make=adam, shapes=((6,),), **kwargs):
-    # So close to 1 that the averages are plain means.
+    # At a smoothing this close to 1 the averages are plain means.
     return harness.Run(
         num_replicas,
         lambda: AdamScale(make(), smoothing=0.999, **kwargs),
@@ -107,7 +107,7 @@ def test_gain_is_the_oracles(num_replicas, microbatches, moments, arguments):
     expected = oracle(moments(steps, scale), scale)
     assert 1.1 < expected[-1] < scale - 0.1
     np.testing.assert_allclose(gains, expected, rtol=1e-4)
-    # The rate has the root of the gain, tau the gain itself.
+    # The rate has the root of the gain as factor. tau adds up the gain.
     rate = float(run.optimizer.effective_learning_rate)
     np.testing.assert_allclose(rate, 0.1 * gains[-1] ** 0.5, rtol=1e-6)
     tau = float(run.optimizer.scale_invariant_step)
@@ -128,7 +128,7 @@ def test_warm_gain_does_not_depend_on_the_units_of_a_variable():
 
 
 def test_first_gradient_of_a_dead_unit_does_not_outweigh_the_others():
-    """Without a floor, the divisor epsilon would outweigh it 1e7 to 1."""
+    """Without a floor, division by epsilon would amplify it by 1e7."""
     gains = []
     for dead in (False, True):
         steps = 0.01 * samples(size=201)
@@ -137,7 +137,7 @@ def test_first_gradient_of_a_dead_unit_does_not_outweigh_the_others():
             steps[:7, :, 0] = 0
         run = run_of(1, 4, lambda: adam(epsilon=1e-7), [(201,)])
         gains.append(gains_of(run, steps)[-1])
-    # One of 201 entries, floored to a hundredth: within 100^2 times its part.
+    # The floor limits one of 201 entries to 100^2 times its share.
     units = preconditioner.divisors(run.optimizer.inner_optimizer, 0).numpy()
     assert units.min() > 0.005 * np.sqrt(np.mean(units**2))
     assert abs(gains[1] - gains[0]) < 2
@@ -153,7 +153,7 @@ def test_loss_scale_is_divided_out():
             ),
         )
     )
-    # A power of two, so to the bit.
+    # The loss scale is a power of two, so the gains are equal to the bit.
     assert gains_of(plain, samples()) == gains_of(scaled, samples())
 
 

@@ -96,7 +96,7 @@ def test_golden_rows_through_replicas_and_micro_batches(row):
 
 
 def oracle(steps, *, scale, estimator, power, theta, schedule, momentum):
-    """Algorithm 2 in float64, from the samples' definitions.
+    """Runs algorithm 2 in float64, on moments by their definition.
 
     Args:
         steps: array [t, n, d], the gradient samples.
@@ -196,7 +196,7 @@ def test_trajectory_is_the_oracles(num_replicas, microbatches, arguments):
         return AdaScale(SGD(rate, momentum=0.9), **arguments)
 
     run = run_of(num_replicas, make, microbatches, [(3,)], graph=True)
-    # The gain is neither of the trivial ones.
+    # The gain is well within its bounds, 1 and S.
     assert 1.1 < expected[-1, 0] < run.optimizer.scale - 0.1
     got = []
     for samples in steps:
@@ -216,7 +216,7 @@ class TestScaleInvariantStep:
             assign(optimizer, "scale_invariant_fraction", 0.0)
             for taken in range(1, 4):
                 one_weight(optimizer, OPPOSITE)
-                # float64 has no halves past 2^52. The state has.
+                # Past 2^52 float64 has no halves, but the state does.
                 whole, fraction = divmod(taken * gain, 1)
                 kept = harness.value(optimizer, "scale_invariant_step")
                 assert kept == start + int(whole)
@@ -315,8 +315,8 @@ def test_power_multiplies_the_rate(power, factor):
 
 class TestClipping:
     def test_acts_on_the_mean_gradient(self):
-        # Means (3, 3): each replica's half of (6, 0) and (0, 6) has norm 3.
-        # Clipped alone and added, they would have norm sqrt(2).
+        # The mean is (3, 3). Each replica's half of (6, 0) or (0, 6) has norm
+        # 3. Clipped alone and added, the halves would have norm sqrt(2).
         run = run_of(
             2,
             lambda: AdaScale(SGD(0.1, global_clipnorm=1.0), scale=1),
@@ -338,10 +338,10 @@ class TestClipping:
         assert public(plain.optimizer) == public(clipped.optimizer)
 
     def test_acts_on_sparse_gradients_as_on_dense_ones(self):
-        """Both replicas have a gradient of row 1, which joined is two slices.
+        """Both replicas have a slice of row 1.
 
         Mean gradients are 4 + 2 = 6 in row 1 and 1 in row 0, clipped to 5 and
-        1. Slice by slice, 4 and 2 would both pass.
+        1. Clipped slice by slice, 4 and 2 would both pass.
         """
         run = run_of(
             2,
@@ -361,7 +361,7 @@ class TestClipping:
 
 
 def test_sparse_samples_have_the_norms_of_dense_ones():
-    """Rows may occur twice."""
+    """The sparse samples hold each row twice."""
     dense, sparse = (
         run_of(2, lambda: AdaScale(SGD(0.1, momentum=0.9)), graph=graph)
         for graph in (False, True)
@@ -388,7 +388,7 @@ def test_weight_decay_is_at_the_effective_rate():
 class TestAverageOfWeights:
     @staticmethod
     def averaged(optimizer, num_replicas, steps, start=1.0):
-        """Steps of gain 4 by a mean gradient of 1; returns the average too."""
+        """Takes steps of gain 4 and gradient 1; returns weight and average."""
         strategy = harness.strategy_of(num_replicas)
         with strategy.scope():
             weight = keras.Variable([start])
@@ -424,17 +424,17 @@ class TestAverageOfWeights:
             num_replicas,
             steps=2,
         )
-        # Weights 1, 0.5, 0: steps of 4 * 0.125, which are four base steps each.
-        # Of 8 base steps, the average starts at 7/8 and then is half itself and
-        # half 6/8, 5/8, ...: 13/16, 23/32, 39/64, 63/128, 95/256, 127/512,
-        # 127/1024. By Keras it starts at 0.5 and then is 0.5 * 0.5 = 0.25.
+        # Weights 1, 0.5, 0: steps of 4 * 0.125, each worth four base steps.
+        # Over 8 base steps the average starts at 7/8 and then is half itself
+        # and half 6/8, 5/8, ...: 13/16, 23/32, 39/64, 63/128, 95/256, 127/512,
+        # 127/1024. Keras's starts at 0.5 and then is 0.5 * 0.5 = 0.25.
         assert weight == [0.0]
         np.testing.assert_allclose(
             average, [127 / 1024 if scale_ema else 0.25], rtol=1e-6
         )
 
     def test_equals_that_of_the_base_steps(self):
-        """On a line, t steps at gain r average like r t steps at the base."""
+        """On a line, t steps of gain r average like r t base steps."""
         rate, momentum = 0.01, 0.97
         _, average = self.averaged(
             lambda: AdaScale(
@@ -457,7 +457,7 @@ def test_a_micro_batch_that_is_not_finite_skips_the_step(bad):
     good = tf.constant([1.0, 1.0])
     optimizer.apply([good], [weight], sample_sqnorm_sum=8.0)
     before = harness.state([weight, optimizer])
-    # Samples may cancel to a finite mean. Their norm shows it.
+    # The mean of samples may be finite although their norm is not.
     for gradient, sqnorm in [([bad, 1.0], 1.0), (good, abs(bad))]:
         optimizer.apply(
             [tf.constant(gradient)], [weight], sample_sqnorm_sum=sqnorm
@@ -552,7 +552,7 @@ def test_a_whole_step_under_xla_is_the_same(make):
 
 
 def five_steps(optimizer, jit_compile):
-    """Takes five steps, of which one overflows; returns the state."""
+    """Takes five steps, one of which overflows; returns the state."""
     optimizer.microbatches = 2
     weights = harness.variables(harness.twos(golden.SHAPES))
     optimizer.build(weights)

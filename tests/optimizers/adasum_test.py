@@ -15,12 +15,12 @@ from tf_adascale.ops import adasum as adasum_ops
 
 SGD = keras.optimizers.SGD
 
-# One variable of many entries and others of few: they are combined in two ways.
+# A variable of many entries and two of few, which are combined in two ways.
 SHAPES = ((8, 5), (3, 2), ())
 both_ways = pytest.mark.parametrize("combine", ["updates", "gradients"])
 
-# Epsilons so large that the first steps differ in more than signs: vectors of
-# few signs are often opposite, and rounding would decide which way they add up.
+# Epsilons are large, so that first steps differ in more than signs. Vectors of
+# few signs are often opposite, and rounding would decide how they add up.
 INNER = {
     "momentum": lambda: SGD(0.05, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(0.01, epsilon=0.1),
@@ -39,7 +39,7 @@ def initial():
 
 
 def random_gradients(count, steps=2):
-    """Gradients of steps: for each variable an array, replicas first."""
+    """Returns gradients of steps: an array per variable, replicas first."""
     random = np.random.default_rng(0)
     return [
         [random.normal(size=(count, *s)).astype("float32") for s in SHAPES]
@@ -50,8 +50,8 @@ def random_gradients(count, steps=2):
 def tree(inputs):
     """Returns the Adasum of vectors in float64, by its definition."""
     nodes = [np.asarray(value, "float64") for value in inputs]
-    # Updates are differences of rounded weights. Lamb makes updates of a scalar
-    # that have one length. Opposite ones leave a rest that counts as 0.
+    # Updates are differences of rounded weights. Lamb's updates of a scalar all
+    # have one length, so opposite ones leave a rounding error that counts as 0.
     nodes = [(value, np.linalg.norm(value)) for value in nodes]
     while len(nodes) > 1:
         odd_one = nodes[len(nodes) // 2 * 2 :]
@@ -132,7 +132,7 @@ def run_of(
 
 
 class TestSeparateOptimizers:
-    """Equals an optimizer per replica, or one fed by the tree."""
+    """Adasum equals an optimizer per replica, or one fed by the tree."""
 
     @pytest.mark.parametrize(
         ("combine", "count", "name"),
@@ -160,7 +160,7 @@ class TestSeparateOptimizers:
         for gradients in random_gradients(count):
             expected = oracle.step(gradients)
             harness.assert_close(run.step(gradients).weights(), expected)
-        # Slots belong to each replica, or to the one shared step.
+        # Each replica has its own slots, or all have those of one step.
         slots = run.optimizer.inner_optimizer.variables
         received = list(zip(*map(harness.copies, slots)))
         for i in range(count):
@@ -194,7 +194,7 @@ def test_average_of_weights_is_of_those_that_all_have(combine):
 def test_constraint_acts_on_what_was_combined(combine):
     run = run_of(2, lambda: SGD(1.0), [np.zeros(2)], combine=combine)
     run.variables[0].constraint = keras.constraints.NonNeg()
-    # -(1, -1) and -(1, 1) are orthogonal: (-2, 0), of which (0, 0) is left.
+    # -(1, -1) and -(1, 1) are orthogonal: (-2, 0), constrained to (0, 0).
     run.step([[[1, -1], [1, 1]]])
     assert run.weights()[0].tolist() == [0.0, 0.0]
 
@@ -366,7 +366,7 @@ class TestMicrobatches:
             assert not np.all(np.isfinite(merged))
 
     def test_of_a_group_are_averaged(self):
-        """Two replicas of two samples each make a group; there are two."""
+        """Each of two groups is two replicas of two samples each."""
         run = harness.Run(
             4,
             lambda: Adasum(SGD(0.05), combine="gradients", group_size=4),
@@ -486,7 +486,7 @@ def test_memory_is_bounded(combine, monkeypatch):
     graph = step.get_concrete_function().graph
     # 577 entries on each of three replicas: 9 pieces of 64, and a last of 1.
     assert collections.Counter(gathered) == {64: 27, 1: 3}
-    # Nothing has the size of all replicas' values.
+    # No tensor has the size of all replicas' values.
     sizes = [x.shape.num_elements() or 0 for x in outputs_of(graph)]
     assert max(sizes) == 500
 

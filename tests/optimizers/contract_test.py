@@ -1,6 +1,6 @@
-"""What every optimizer of this library keeps, whatever it does with gradients.
+"""The contract that every optimizer of this library keeps.
 
-One suite over all of them, around Adam, which all can wrap. Its epsilon is
+One suite runs on all of them, around Adam, which all can wrap. Its epsilon is
 large, so that a first step is not merely the sign of the gradient.
 """
 
@@ -69,7 +69,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
 
     @harness.MODES[mode]
     def step(*gradients):
-        # Keras on TensorFlow warns of None with a TypeError.
+        # On TensorFlow, Keras's warning about None raises a TypeError.
         plain.apply(gradients, theirs[:2])
         wrapped.apply([*gradients, None], mine)
 
@@ -99,7 +99,7 @@ def test_one_sample_is_the_inner_optimizer_to_the_bit(mode, wrap):
     ids=lambda settings: next(iter(settings)),
 )
 def test_equal_gradients_are_a_step_of_the_inner_optimizer(settings, wrap):
-    """Keras clips each replica's part, here half of the gradient."""
+    """Keras would clip each replica's part, here half of the gradient."""
 
     def make():
         rate = schedules.PiecewiseConstantDecay([0], [0.5, 0.25])
@@ -136,7 +136,7 @@ def test_none_leaves_its_variable_and_slots_alone(wrap):
 
 @every
 def test_sparse_gradients_are_the_dense_ones(wrap):
-    """Both replicas have each row, once."""
+    """Each replica's gradient holds each row once."""
     dense, sparse = (harness.Run(2, lambda: wrap(adam())) for _ in range(2))
 
     def slices(gradient):
@@ -152,7 +152,7 @@ def test_sparse_gradients_are_the_dense_ones(wrap):
         [*dense.variables, *dense.optimizer.variables],
         [*sparse.variables, *sparse.optimizer.variables],
     ):
-        # Sums in another order.
+        # The sums are in another order.
         harness.assert_close(harness.copies(x), harness.copies(y), rtol=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_sparse_gradients_are_the_dense_ones(wrap):
 def test_a_step_that_is_not_finite_is_skipped_everywhere(
     num_replicas, graph, wrap
 ):
-    """Skips, although clipping by value would make the gradient finite."""
+    """The step is skipped, although clipping would make it finite."""
     run = harness.Run(num_replicas, lambda: wrap(everything()), graph=graph)
     bad = [np.inf, None, np.nan, -np.inf, None]
     for spoil, gradients in zip(
@@ -207,7 +207,7 @@ class TestLossScale:
             harness.assert_same(
                 own_variables(run.optimizer), own_variables(plain.optimizer)
             )
-        # Doubled after each step.
+        # The scale doubled after each step.
         assert harness.value(dynamic.optimizer, "dynamic_scale") == 2.0**12
 
     def test_is_halved_where_any_replica_overflows(self, wrap):
@@ -299,7 +299,7 @@ class TestLearningRate:
 
 @every
 class TestCalls:
-    """All ways to call an optimizer of Keras."""
+    """All ways to call a Keras optimizer."""
 
     def test_the_first_step_builds_in_a_function_too(self, wrap):
         """The shapes of the gradients may be unknown."""
@@ -344,7 +344,7 @@ class TestCalls:
         assert [id(variable) for variable in wrapped.variables] == ids
 
 
-# Every argument, at another value than its default.
+# Every argument, at a value that is not its default.
 SETTINGS = {
     "adascale": lambda inner: AdaScale(
         inner,

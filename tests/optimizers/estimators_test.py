@@ -1,4 +1,4 @@
-"""Estimators by hand: what each needs, remembers and measures."""
+"""Estimators by hand: their needs, their memory and their measurements."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Steps of Keras's optimizers, to the bit, on one device or on each.
+"""Steps equal those of Keras's optimizers, on one device or on each.
 
 `wrapper_test.py` covers every optimizer of Keras.
 """
@@ -39,7 +39,7 @@ def test_update_is_that_of_apply(make):
 
 
 def test_devices_step_by_their_own_gradients():
-    """Weights and slots of devices differ, as for Adasum of updates."""
+    """Weights and slots differ by device, as in Adasum of updates."""
 
     def make():
         return optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1)

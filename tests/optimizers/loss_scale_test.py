@@ -1,4 +1,4 @@
-"""Keras's dynamic loss scale, kept without Keras's step."""
+"""Keras's dynamic loss scale, updated without Keras's step."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def test_a_dynamic_factor_is_the_scale_of_now():
 
 @pytest.mark.parametrize("growth_steps", [1, 3])
 def test_scale_follows_that_of_keras(growth_steps):
-    """Equals Keras, which is right on one replica."""
+    """The loss scale equals Keras's, which is right on one replica."""
     finite = np.random.default_rng(0).random(20) < 0.8
     arguments = {"initial_scale": 2.0**10, "dynamic_growth_steps": growth_steps}
     variable = keras.Variable([0.0])

@@ -11,8 +11,8 @@ from tf_adascale.optimizers import preconditioner
 
 optimizers = keras.optimizers
 
-# Divisors of the step after t others: functions of the gradients so far, of
-# shape (t, d) and in float64. beta_2 = 0.9, epsilon = 1e-3.
+# The functions below return the divisors of the step after t others, from their
+# gradients (t, d) in float64. beta_2 = 0.9, epsilon = 1e-3.
 SETTINGS = {"beta_2": 0.9, "epsilon": 1e-3}
 
 

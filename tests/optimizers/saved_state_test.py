@@ -12,7 +12,7 @@ from tf_adascale.optimizers import saved_state
 
 
 def saved():
-    """Returns three variables, two others, and the store of a save."""
+    """Returns four variables, two others, and the store of a save."""
     own = harness.variables([[1.0, 2.0], 3.0, 4.0])
     own.append(keras.Variable(2**40, dtype="int64"))
     others = harness.variables(harness.twos())

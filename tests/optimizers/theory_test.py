@@ -8,14 +8,14 @@ batch is Hw plus normal noise of mean 0 and a fixed diagonal covariance. Then
     F* = F(0) = 0
 
 Equation (3) has expectations over training runs. Here they are means over many
-runs at once that share their gain, as the multi-trajectory curve of Figure 2.
-And since H is diagonal, E[w_i^2] obeys a recursion without any sampling:
+simultaneous runs that share their gain, like the multi-trajectory curve of
+Figure 2. Since H is diagonal, E[w_i^2] also obeys a recursion without sampling:
 
     E[w_i^2] <- (1 - eta r h_i)^2 E[w_i^2] + (eta r)^2 covariance_i / S
 
-for a gain r that depends on expectations only. That makes the bounds statements
-about numbers, to be met without slack; the sampled runs, to four standard
-errors, show that the recursion is that of the algorithm.
+for a gain r that depends on expectations only. The recursion must meet the
+bounds without slack. The sampled runs agree with it to four standard errors,
+which shows that it describes the algorithm.
 
 With the constants below:
 
@@ -38,7 +38,7 @@ from tf_adascale.ops.gain import Averages, Moments
 EIGENVALUES = np.array([0.25, 1.0, 2.0])
 ALPHA, BETA = 0.25, 2.0
 START = np.array([4.0, 2.0, 2.0])
-# Noise along the steepest direction, where linear scaling suffers most from it.
+# Noise along the steepest direction, where it hurts linear scaling most.
 COVARIANCE = np.array([0.0, 0.0, 0.9])
 VARIANCE = 0.9
 LEARNING_RATE = 0.1
@@ -124,7 +124,7 @@ def sampled_runs(gain_of, *, scale, num_steps=None, runs=RUNS):
     ):
         gradients = EIGENVALUES * weights
         r = gain_of((gradients**2).sum(1).mean())
-        # The mean of S base batches: a normal law again, covariance over S.
+        # The mean of S base batches is normal too, with covariance / S.
         noise = random.normal(size=weights.shape) * np.sqrt(COVARIANCE / scale)
         weights = weights - LEARNING_RATE * r * (gradients + noise)
         objectives = objective(weights)
@@ -151,7 +151,7 @@ class TestProposition1:
 
     @staticmethod
     def train(scale):
-        """AdaScale's estimates on `scale` equal samples, for 50 steps."""
+        """Trains by AdaScale on `scale` equal samples, for 50 steps."""
         weights = START.astype("float32")
         zero = tf.zeros(())
         averages = Averages(Moments(zero, zero), tf.constant(0, tf.int64))
@@ -159,8 +159,8 @@ class TestProposition1:
             samples = np.tile(
                 np.float32(EIGENVALUES) * weights, (scale, 1)
             ).astype("float64")
-            # In float64 sums of equal float32 numbers are exact, and so is
-            # their mean: it is what each sample is.
+            # In float64 the sum of equal float32 numbers is exact, so their
+            # mean equals each sample.
             mean = samples.mean(0)
             rate = np.float32(LEARNING_RATE)
             if scale > 1:
@@ -194,7 +194,7 @@ class TestProposition2:
     COVARIANCE = np.array([0.4, 0.3, 0.2])
 
     def expected(self, nu, scale):
-        """E[F] after nu T / S steps of rate S eta / nu, without sampling."""
+        """Returns E[F] after nu T / S steps of rate S eta / nu, unsampled."""
         rate = scale * LEARNING_RATE / nu
         squares = START**2
         for _ in range(nu * self.TOTAL // scale):
@@ -243,8 +243,8 @@ class TestTheorem1And2:
     def test_expectation_meets_the_bound_at_every_step(self, scale):
         objectives, taus = expected_runs(adascale_gain(scale), scale=scale)
         assert np.all(objectives <= adascale_bound(taus))
-        # Not only under a generous bound: without variance in the two flat
-        # directions the run ends below half of Delta, at every scale.
+        # The bound is generous: without variance in the two flat directions the
+        # run ends below half of Delta, at every scale.
         assert objectives[-1] < 0.5 * DELTA
 
     @pytest.mark.parametrize("scale", [1, 4, 16])
@@ -255,8 +255,8 @@ class TestTheorem1And2:
         expected, expected_taus = expected_runs(
             adascale_gain(scale), scale=scale
         )
-        # The shared gain is that of the runs' mean: 2000 of them hold it, and
-        # so tau, within half a percent.
+        # The shared gain is from the mean over 2000 runs. That keeps it, and so
+        # tau, within half a percent.
         assert len(taus) == len(expected_taus)
         np.testing.assert_allclose(taus, expected_taus, rtol=5e-3)
         assert np.all(np.abs(means - expected) <= 4 * errors + 5e-3 * expected)
@@ -282,7 +282,7 @@ class TestTheorem1And2:
 
 
 class TestTheorem3:
-    """Linear scaling's bound grows with S, and so does where it ends."""
+    """Linear scaling's bound and its final objective grow with S."""
 
     @pytest.mark.parametrize("scale", [1, 2, 4, 8, 9])
     def test_expectation_meets_the_bound_at_every_step(self, scale):
@@ -303,7 +303,7 @@ class TestTheorem3:
         assert np.all(np.abs(means - expected) <= 4 * errors + 1e-12)
 
     def test_plateau_is_above_adascales_delta(self):
-        # Where E[w^2] stands still along the noise (h = 2, S eta h = 1.8):
+        # E[w^2] along the noise (h = 2, S eta h = 1.8) stops changing at
         # E[w^2] = S eta^2 0.9 / (1 - (1 - 1.8)^2) = 0.081 / 0.36 = 0.225, so
         # F = 2 * 0.225 / 2 = 0.225, over Delta = 0.2 and far below the bound
         # xi Delta = 9 * 0.2.
@@ -328,7 +328,7 @@ class TestTheorem3:
 
 
 class TestEstimatedGain:
-    """AdaScale as it is run: each run estimates its own gain as it goes."""
+    """AdaScale in practice: each run estimates its own gain."""
 
     RUNS = 500
 
@@ -336,8 +336,8 @@ class TestEstimatedGain:
         """Trains with n = S samples per step, `RUNS` runs side by side.
 
         Returns:
-            Arrays [steps + 1, runs]: F(w_t), tau_t. A run whose tau is over
-            the total stands still.
+            Arrays [steps + 1, runs]: F(w_t), tau_t. A run stops when its tau
+            reaches the total.
         """
         random = np.random.default_rng(scale)
         weights = np.tile(START, (self.RUNS, 1))
@@ -378,13 +378,13 @@ class TestEstimatedGain:
             smoothing = gain_ops.default_smoothing(scale)
         objectives, taus = self.train(scale, estimator, smoothing)
         errors = objectives.std(1) / np.sqrt(self.RUNS)
-        # The bound is for a gain of expectations, shared by all runs. Here it
-        # holds in the mean over runs of each run's own bound, to 4 errors.
+        # The theorems are for a gain of expectations, shared by all runs. Here
+        # the mean run meets the mean of the runs' own bounds, to 4 errors.
         bounds = adascale_bound(taus).mean(1)
         assert np.all(objectives.mean(1) <= bounds + 4 * errors)
         assert np.all(taus[-1] >= TOTAL_STEPS)
-        # Averages over past steps, where gradients were larger, err towards
-        # small gains: more steps than with exact ones, but fewer than at S = 1.
+        # Averages include past steps with larger gradients, so gains are too
+        # small: more steps than with exact gains, but fewer than at S = 1.
         exact, _ = expected_runs(adascale_gain(scale), scale=scale)
         steps = np.argmax(taus >= TOTAL_STEPS, axis=0)
         assert len(exact) - 1 <= steps.mean() < TOTAL_STEPS

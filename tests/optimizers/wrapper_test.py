@@ -86,7 +86,7 @@ class TestAtScale1IsTheInnerOptimizer:
         ],
     )
     def test_or_the_optimizer_is_refused(self, name):
-        """Each optimizer of Keras is followed in full or refused."""
+        """Each Keras optimizer is either reproduced in full or refused."""
         make = getattr(keras.optimizers, name, None)
         if make is None:
             pytest.skip(f"Keras {keras.__version__} has no {name}")
@@ -103,7 +103,7 @@ class TestAtScale1IsTheInnerOptimizer:
             assert np.array_equal(harness.first(x), harness.first(y))
 
     def test_in_fit_of_a_stock_model(self):
-        """A script runs with the wrapper and without it."""
+        """A script trains the same with the wrapper and without it."""
         models = []
         for wrap in (lambda optimizer: optimizer, AdaScale):
             models.append(harness.dense_model(keras.Model))
@@ -284,7 +284,7 @@ def test_swap_ema_weights_finds_the_averages_inside(dynamic):
     ],
 )
 def test_a_step_is_one_reduction(estimator, wrap, scalars, monkeypatch):
-    """One all-reduce of gradients and a scalar, then one merge_call."""
+    """A step is one all-reduce of gradients and a scalar and a merge_call."""
 
     def inner():
         return SGD(0.1, momentum=0.9, global_clipnorm=1.0, use_ema=True)

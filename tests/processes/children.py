@@ -1,8 +1,8 @@
-"""Processes that a test signals, kills and denies the disk.
+"""Child processes that a test signals, kills or gives a full disk.
 
-A server imports TensorFlow once, which takes four seconds of a processor, and
-forks each child from itself. Children share nothing with the test but the files
-they write. Elsewhere than on Linux each is a new interpreter.
+On Linux a server imports TensorFlow once, which takes four seconds of a
+processor, and forks each child. Elsewhere each child is a new interpreter.
+Children share nothing with the test but the files they write.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# A child trains to its end in some 5 seconds; the machine may be busy.
+# A child trains in about 5 seconds, and longer on a busy machine.
 TIMEOUT_SECONDS = 600
 
 _context = multiprocessing.get_context(
@@ -31,7 +31,7 @@ _context.set_forkserver_preload(
 
 
 class Child:
-    """A running process. `started` makes it."""
+    """A running process, made by `started`."""
 
     def __init__(self, process, output, errors):
         self.pid = process.pid
@@ -59,7 +59,7 @@ class Child:
         return code
 
     def wait_until(self, condition):
-        """Waits for a condition, before which the process must not end."""
+        """Waits for a condition. The process must not end before it."""
         end = time.monotonic() + TIMEOUT_SECONDS
         while not condition():
             assert self._process.is_alive(), self.errors()
@@ -94,13 +94,13 @@ def started(*words, tf_config=None, max_file_bytes=None):
 
 @contextlib.contextmanager
 def cluster(*words, last_max_file_bytes=None):
-    """Yields the `Child`s that are the chief and the other of two workers.
+    """Yields two workers, each a `Child`; the first is the chief.
 
     Args:
         *words: see `started`.
         last_max_file_bytes: `max_file_bytes` of the worker that is not chief.
     """
-    # Here, for a child that runs the launcher imports it itself.
+    # Not at the top: a child that runs the launcher imports it itself.
     from examples import launch
 
     addresses = [f"127.0.0.1:{port}" for port in launch.free_ports(2)]
@@ -121,10 +121,10 @@ def cluster(*words, last_max_file_bytes=None):
 
 
 def _run(words, files, tf_config, max_file_bytes):
-    """Runs a module or a script: the whole life of a child."""
+    """Runs a module or a script in a child."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
-    # For the interpreters that it starts itself.
+    # For the interpreters that the child starts.
     os.environ["PYTHONPATH"] = str(ROOT)
     if tf_config:
         os.environ["TF_CONFIG"] = json.dumps(tf_config)
@@ -143,12 +143,12 @@ def _run(words, files, tf_config, max_file_bytes):
 def once(tmp_path_factory, name, make):
     """Returns a directory and what `make(directory)` returned, made once.
 
-    pytest's processes share it: the first one makes it, and the others wait.
+    pytest's processes share both: the first makes them, the others wait.
 
     Args:
         tmp_path_factory: pytest's fixture.
         name: str, of the directory.
-        make: callable, (directory) to what JSON can hold.
+        make: function of the directory; JSON can hold its result.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

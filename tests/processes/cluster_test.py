@@ -89,13 +89,13 @@ class TestSlurm:
         assert {"requeue", "open-mode=append"} <= set(options)
         # B:TERM would signal the batch script only.
         (notice,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", text, re.M)
-        # Seconds from the first worker's end, within the notice.
+        # --wait counts from the first worker's end and fits in the notice.
         (patience,) = re.findall(r"^srun .*--wait=(\d+)", text, re.M)
         assert 0 < int(patience) < int(notice)
 
     @pytest.mark.multiworker
     def test_two_tasks_train(self, tmp_path):
-        """Runs on one node, which has the name of this machine."""
+        """Both tasks run on one node, localhost."""
         srun = """
             import os, subprocess, sys
 
@@ -124,9 +124,9 @@ class TestSlurm:
         )
         assert process.returncode == 0, process.stdout + process.stderr
         assert told is None
-        # Only the chief prints it.
+        # Only the chief prints the result.
         assert process.stdout.count("digits: Result(") == 1
-        # The tasks share the examples of one process.
+        # The two tasks train on the same examples as one process.
         with children.started(
             *words, f"--model_dir={tmp_path / 'one'}"
         ) as child:
@@ -174,8 +174,8 @@ class TestKubernetes:
         self, tmp_path, objects, job, pod, container
     ):
         name = objects["Job"]["metadata"]["name"]
-        # The host name of a pod of an indexed Job is the Job's with the index;
-        # the subdomain is that of a Service without an address of its own.
+        # A pod of an indexed Job has the Job's name and the index as host name,
+        # and as subdomain a Service without an address of its own.
         hosts = [
             f"{name}-{index}.{pod['subdomain']}"
             for index in range(job["completions"])

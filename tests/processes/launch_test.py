@@ -20,7 +20,7 @@ from tests.processes import children
 # Longer than a launcher takes on a busy machine, shorter than `sleep`.
 TIMEOUT_SECONDS = 120
 
-# The start of every worker. One touches a file that another waits for.
+# Every worker script begins with this. Workers wait for one another's files.
 PREAMBLE = """
 import json, os, pathlib, signal, subprocess, sys, time
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
@@ -53,7 +53,7 @@ class Launcher:
             ],
             cwd=directory,
             env={**os.environ, "PYTHONPATH": str(children.ROOT), **variables},
-            # A worker inherits it, and must not get pytest's.
+            # Workers inherit stdin, which must not be pytest's.
             stdin=subprocess.PIPE,
             stdout=stdout or subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -152,7 +152,7 @@ def test_a_module_gets_its_arguments_and_may_print_any_bytes(tmp_path):
 
 
 def test_each_worker_knows_the_cluster_and_its_ports_are_new(tmp_path):
-    # Fails in the first of two rounds.
+    # Worker 2 fails in the first of two rounds.
     worker = """
     print(json.dumps({
         "config": json.loads(os.environ["TF_CONFIG"]),

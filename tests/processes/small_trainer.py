@@ -1,4 +1,4 @@
-"""A trainer that tests stop and kill: digits, by a network of two layers.
+"""A trainer that tests stop and kill: digits, with a two-layer network.
 
 python tests/processes/small_trainer.py --scale=4 --model_dir=out/small
 """
@@ -15,8 +15,8 @@ from examples.digits import train
 def model():
     """Returns a model that trains in a tenth of the ResNet's time.
 
-    Two replicas train it as one does: it has no batch normalization, whose
-    moving statistics Keras keeps per replica, and no dropout.
+    Two replicas train it like one, because it has no dropout and no batch
+    normalization, whose moving statistics Keras keeps per replica.
     """
     inputs = keras.Input((8, 8, 1))
     x = layers.Dense(256, activation="relu")(layers.Flatten()(inputs))

@@ -40,7 +40,7 @@ def test_slope_and_its_standard_error():
         # The first hundred are warm-up.
         (20_000, (101, 1100), (19_001, 20_000)),
         (2100, (101, 1100), (1101, 2100)),
-        # In a short run, two halves of the rest.
+        # A short run compares the two halves of the rest.
         (1000, (101, 550), (551, 1000)),
     ],
 )
@@ -61,7 +61,7 @@ def test_step_time_compares_medians(slowdown, holds):
     finding = soak.step_time(rows)
     assert finding.holds == holds
     assert f"median {slowdown:.3f} (standard error 0.000);" in finding.text
-    # 333 2/3 tenfold and 666 1/3 as they are; of 1000, 334 and 666.
+    # Of the last 1000 steps, 334 take ten times as long and 666 do not.
     mean = slowdown * (334 * 10 + 666) / 1000
     assert f"mean {mean:.3f}, the processor's 1.000" in finding.text
 
@@ -87,7 +87,7 @@ def test_a_steady_drift_is_no_noise():
 @pytest.mark.parametrize(
     ("growth", "bare", "holds"),
     [
-        # The growth of bare collectives, 100, and a tenth of it.
+        # The limit is the bare collectives' growth, a tenth of it, and 100.
         (110, 10, True),
         (112, 10, False),
         (3399, 3000, True),
@@ -122,7 +122,7 @@ def test_memory_allows_for_twice_either_standard_error(noisy):
 
 def test_tau_is_the_sum_to_the_bit():
     gains = np.random.default_rng(0).uniform(1, 4, 5000).astype("float32")
-    # Multiples of 2^-23 below 2^14: what float64 adds without rounding.
+    # Multiples of 2^-23 below 2^14, which float64 adds without rounding.
     total = np.cumsum(gains.astype("float64"))
     exact = rows_of(5000, gain=gains, tau=total)
     assert soak.tau(exact).holds
@@ -179,7 +179,7 @@ def test_two_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(soak.launch, "launch", launched)
     code = soak.main(["--steps=1000", f"--out={tmp_path}"])
     output = capsys.readouterr().out
-    # So few steps may fail the limits of time and memory on a busy machine.
+    # On a busy machine so few steps may exceed the limits of time and memory.
     assert code == ("FAILS" in output)
     assert output.count("\nworker ") == 2
     assert output.count("the sum of 1000 gains: 0.0") == 2

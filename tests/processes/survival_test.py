@@ -21,7 +21,7 @@ from tf_adascale import callbacks
 EXIT_CODE = callbacks.Checkpoint.EXIT_CODE
 
 TRAINER = (pathlib.Path(__file__).with_name("small_trainer.py"), "--scale=4")
-# 180 steps in rows of two, so that a signal can come amid a row.
+# 180 steps in rows of two, so that a signal can come inside a row.
 LONG = (*TRAINER, "--total_steps=600")
 STEPS_PER_ROW = 2
 # 65 steps in rows of one.
@@ -30,7 +30,7 @@ SHORT_OF_TWO = (*SHORT, "--strategy=multiworker")
 # Steps of the run `moved` on its first device.
 FIRST_STEPS = 15
 
-# Alternately at a random moment and while a checkpoint is written.
+# Kills come at a random moment and during a save, alternately.
 KILLS = 4
 
 
@@ -140,7 +140,7 @@ def stopped(tmp_path_factory, whole):
     """The directory of a run that SIGTERM stops inside a row of the log."""
 
     def make(directory):
-        # Half-way. Again if the signal comes with the last step of a row.
+        # Stops half-way, then again until a stop is inside a row.
         for saves in [newest(whole) // 2, *[1] * 9]:
             with started(directory, LONG) as child:
                 wait_for_saves(child, directory, saves)
@@ -191,7 +191,7 @@ def test_sigterm_saves_amid_a_row(stopped):
 
 def test_disk_full_while_saving(copy, whole):
     values, files = saved(copy), names(copy)
-    # A checkpoint has 160,000 bytes; the log and TensorBoard's 80,000 at most.
+    # A checkpoint has 160,000 bytes, the log and TensorBoard's at most 80,000.
     errors = trained(copy, LONG, max_file_bytes=120_000)
     assert "RuntimeWarning: The checkpoint" in errors
     assert "File too large" in errors
@@ -205,7 +205,7 @@ def test_disk_full_while_saving(copy, whole):
 
 
 def damage(directory, *, truncate, last):
-    """Damages the last checkpoint but `last`; returns its path."""
+    """Damages the checkpoint `last` before the newest; returns its path."""
     path = directory / "checkpoint" / f"ckpt-{newest(directory) - last}"
     data_path = path.with_name(f"{path.name}.data-00000-of-00001")
     data = bytearray(data_path.read_bytes())
@@ -221,7 +221,7 @@ def test_damaged_checkpoint_is_passed_over(copy, whole):
     path = damage(copy, truncate=False, last=0)
     errors = trained(copy, LONG)
     assert f"RuntimeWarning: The checkpoint {path} cannot be read" in errors
-    # The damaged checkpoint was the one of the stop.
+    # The damaged checkpoint is the one that SIGTERM saved.
     assert_same(copy, whole)
     assert log(copy) == log(whole)
 
@@ -241,7 +241,7 @@ def whole_of_two(tmp_path_factory):
     """The directory of an uninterrupted run of two workers."""
 
     def make(directory):
-        # The last worker can write as much as a lock needs.
+        # The last worker can write only as much as a lock needs.
         with cluster(directory, last_max_file_bytes=64) as (chief, last):
             assert chief.finish() == last.finish() == 0, last.errors()
             assert "digits: Result(" in chief.output()
@@ -255,7 +255,7 @@ def whole_of_two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """The directory of a run on one device, two workers, two replicas."""
+    """The directory of a run on one device, then two workers, two replicas."""
 
     def make(directory):
         with started(directory, SHORT) as child:

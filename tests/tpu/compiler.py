@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
 
     @property
     def all_reduced(self):
-        """What each all-reduce sums, a list of lists of `lowering.Value`."""
+        """The values that each all-reduce sums, lists of `lowering.Value`."""
         found = re.findall(
             r"^.* = (.*?) all-reduce(?:-start)?\(", self.text, re.MULTILINE
         )
@@ -71,7 +71,7 @@ def compiled(stablehlo, topology):
     """Compiles a program for all chips of a topology.
 
     Args:
-        stablehlo: str, the program of each.
+        stablehlo: str, the program of one chip.
         topology: str, one of `TOPOLOGIES`.
     """
     for name, value in _ENVIRONMENT.items():
@@ -98,10 +98,10 @@ _DTYPES = {"f32": np.float32, "i32": np.int32, "i64": np.int64}
 
 
 def run(stablehlo, *batch):
-    """Runs a program on CPUs in place of cores, all variables at zero.
+    """Runs a program on CPUs in place of cores, with all variables at zero.
 
     Args:
-        stablehlo: str, the program of each.
+        stablehlo: str, the program of one core.
         *batch: arrays of which each core gets an entry.
 
     Returns:

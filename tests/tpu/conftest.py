@@ -1,7 +1,7 @@
-"""Leaves out, of a run of all tests, those that need JAX or XLA for TPUs.
+"""Excludes the tests that need JAX or libtpu where libtpu is not installed.
 
-`make test-tpu` names each file, which pytest then reads in any case: without
-them it fails.
+`make test-tpu` names each file. pytest then reads it in any case, and fails
+without them.
 """
 
 import importlib.util

@@ -1,16 +1,16 @@
-"""The program of one TPU core, as StableHLO, from what `strategy.run` traces.
+"""The program of one TPU core as StableHLO, from a trace of `strategy.run`.
 
 Under a TPUStrategy `strategy.run` marks one replica's operations in the graph.
-On a TPU's host TensorFlow cuts them out there and hands them to XLA. TensorFlow
-for CPUs lacks the kernels for that, but what its own bridge to XLA makes of an
-operation is the same for any platform. So it is cut out here, and
+On a TPU's host TensorFlow cuts them out and hands them to XLA. TensorFlow for
+CPUs lacks the kernels for that, but its bridge to XLA translates an operation
+alike for any platform. This module cuts them out and replaces only three:
 
-    TPUReplicatedInput   becomes an argument, or a variable
-    CrossReplicaSum      becomes XlaAllReduce, which is what it stands for
-    AllToAll             becomes a call of a name, for which `lowered` puts
+    TPUReplicatedInput   becomes an argument or a variable
+    CrossReplicaSum      becomes XlaAllReduce, its equivalent
+    AllToAll             becomes a call of a name, which `lowered` replaces by
                          StableHLO's all_to_all, as the bridge would
 
-and nothing else is replaced. TensorFlow 2.21 makes StableHLO; 2.18 does not.
+TensorFlow 2.21 makes StableHLO; 2.18 does not.
 """
 
 import re
@@ -28,7 +28,7 @@ _GROUPS = f"dense<[{list(range(stub_strategy.CORES))}]>"
 
 
 class UnfitForTPUError(Exception):
-    """A step that a TPU cannot run, or only slowly."""
+    """A step that a TPU cannot run, or runs only slowly."""
 
 
 class Value(NamedTuple):
@@ -36,7 +36,7 @@ class Value(NamedTuple):
 
     Attributes:
         dtype: str, XLA's name of the type, such as "f32".
-        size: int, how many numbers.
+        size: int, number of elements.
     """
 
     dtype: str
@@ -143,7 +143,7 @@ def _replica(graph):
 
 
 def _cut(definition, graph):
-    """Yields the nodes of a replica, by operations that XLA for CPUs knows."""
+    """Yields a replica's nodes, as operations that XLA for CPUs knows."""
     marked = [node for node in definition.node if _MARK in node.attr]
     marks = {node.attr[_MARK].s for node in marked}
     if len(marks) != 1:
@@ -183,7 +183,7 @@ def _cut(definition, graph):
 
 
 def _without_mhlo(text):
-    """Returns text without what only TensorFlow's XLA knows."""
+    """Returns the text without operations that only TensorFlow's XLA knows."""
     # A copy of a variable. A reshape to the same shape is equivalent.
     text = re.sub(
         r"mhlo\.copy (%[\w#]+)\s*: (tensor<[^>]*>)",

@@ -7,8 +7,8 @@ from tests.tpu import lowering, programs, stub_strategy
 
 Value = lowering.Value
 
-# In the image model: two convolutions, each with a bias and two weights of its
-# normalisation, and a dense layer.
+# Sizes of the image model's weights: two convolutions, each with a bias and two
+# weights of its normalisation, and a dense layer.
 FEW = [16, 16, 16, 32, 32, 32, 10]
 MANY = [3 * 3 * 3 * 16, 3 * 3 * 16 * 32, 32 * 10]
 
@@ -45,7 +45,7 @@ class TestAdaScale:
         assert baseline == 1
 
     def test_has_no_further_integers_of_64_bits_but_counters(self, name):
-        """TPUs have 32 bits."""
+        """TPUs compute with 32 bits."""
         own, baseline = (
             lowering.types(programs.stablehlo(n))
             for n in (name, programs.BASELINES[name])
@@ -61,7 +61,7 @@ def test_adasum(name):
         *FEW,
         *MANY,
         len(MANY) * cores**2,  # Inner products.
-        # Gathered by a sum, in which the other cores have zeros.
+        # A sum gathers these: the other cores add zeros.
         cores * sum(MANY),
         cores * len(FEW) * 32,  # Rows, padded with zeros.
     ]

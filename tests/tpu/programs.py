@@ -1,6 +1,6 @@
 """Train steps for TPUs, each a network and an optimizer, and their StableHLO.
 
-Baselines of AdaScale and Adasum differ in the optimizer only.
+A program and its baseline differ in the optimizer only.
 """
 
 import functools
@@ -52,7 +52,7 @@ def _fit(make_optimizer, **kwargs):
 
 
 def _loop(make_optimizer):
-    """Returns the step of a training loop of one's own, on words."""
+    """Returns the step of a custom training loop, on words, and its batch."""
     words = keras.Input((_LENGTH,), dtype="int32")
     x = keras.layers.Embedding(_WORDS, 8)(words)
     x = keras.layers.Dense(_CLASSES)(keras.layers.Flatten()(x))
@@ -85,7 +85,7 @@ def sgd():
 
 
 def adascale():
-    """Returns AdaScale around it."""
+    """Returns AdaScale around `sgd()`."""
     return tf_adascale.AdaScale(sgd())
 
 

@@ -1,4 +1,4 @@
-"""Prints what the TPU compiler makes of each train step, as a table.
+"""Prints a table of the train steps, as traced and as compiled for TPUs.
 
 python -m tests.tpu.report
 """

@@ -1,7 +1,7 @@
-"""The program of a TPU core does what eight replicas on CPUs do.
+"""The program of a TPU core takes the steps of eight replicas on CPUs.
 
-It runs on CPUs in place of cores, which shows that the compiled programs are
-AdaScale and Adasum.
+It runs on CPUs in place of cores. Equal results show that the compiled programs
+are AdaScale and Adasum.
 """
 
 import keras
@@ -18,7 +18,7 @@ BATCH, ENTRIES, CLASSES = 4, 20, 3
 
 
 def adam():
-    # With a large epsilon, rounding errors are not divided by little.
+    # A large epsilon, so that no division amplifies rounding errors.
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 100, 0.9)
     return keras.optimizers.Adam(schedule, epsilon=0.1)
 
@@ -96,7 +96,7 @@ def of_cores(strategy, model, x, y):
         (programs.adascale, 1, 3),
         (programs.adascale, 2, 3),
         (lambda: AdaScale(programs.sgd(), estimator="differenced"), 1, 4),
-        # AdamScale divides by nothing in the first five steps.
+        # AdamScale does not divide gradients in the first five steps.
         (lambda: AdamScale(adam()), 1, 8),
         (lambda: Adasum(adam()), 2, 3),
         (lambda: Adasum(adam(), combine="gradients", group_size=2), 1, 3),

@@ -49,9 +49,9 @@ def adasum(**kwargs):
     return lambda: Adasum(keras.optimizers.Adam(), **kwargs)
 
 
-# The gradients of ten weights. AdaScale adds a scalar. Adasum sums the weights,
-# the inner products of three of them, all cores' parts of three and, in one, of
-# seven. Updates also need a flag: whether all are finite.
+# SGD sums the gradients of ten weights, and AdaScale also sums a scalar. Adasum
+# also sums the inner products of three weights and gathers, in one sum each,
+# these three and the other seven. Its updates need a flag: are all finite?
 @pytest.mark.parametrize(
     ("make_optimizer", "count", "steps", "microbatches"),
     [
@@ -74,7 +74,7 @@ def test_fit(make_optimizer, count, steps, microbatches, strategy):
     # One program, which a loop runs if there are several steps.
     assert types["TPUReplicateMetadata"] == 1
     assert types["CrossReplicaSum"] == count
-    # TPUs emulate float64, if at all.
+    # TPUs can at best emulate float64.
     outputs = [tensor for op in found for tensor in op.outputs]
     assert not [tensor for tensor in outputs if tensor.dtype == tf.float64]
 

@@ -1,4 +1,4 @@
-"""Executions: their steps, outputs and traces, by themselves and in `fit`."""
+"""Executions: their steps, outputs and traces, alone and in `fit`."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ from tf_adascale.training import executor, microbatches
 
 
 def executed(step, numbers, *, count=1, **arguments):
-    """Executes until the data end; returns the outputs of each execution."""
+    """Executes until the data ends; returns the outputs of each execution."""
     strategy = harness.strategy_of(count)
     dataset = tf.data.Dataset.from_tensor_slices(np.float32(numbers))
     execute = executor.Executor(step, strategy=strategy, **arguments)
@@ -163,7 +163,7 @@ class TestTraces:
 
         monkeypatch.setattr(strategy, "reduce", count)
         harness.fit(model, *harness.regression(7 * 2), batch_size=2)
-        # The loss and a metric. The sums are Keras's, of variables.
+        # The loss and a metric. Keras reduces its variables by SUM.
         assert reduced.count("MEAN") == 2 * times
 
 
@@ -179,7 +179,7 @@ class TestStepsPerExecution:
         assert harness.iterations(model) == epochs * self.STEPS
         return model.get_weights()
 
-    # Keras warns of every dataset of unknown size at its end.
+    # Keras warns at the end of every dataset of unknown size.
     @pytest.mark.filterwarnings("ignore:.*ran out of data:UserWarning")
     @pytest.mark.parametrize("num_replicas, microbatches", [(1, 2), (2, 1)])
     def test_takes_the_same_steps_of_any_dataset(

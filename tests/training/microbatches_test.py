@@ -1,4 +1,4 @@
-"""Micro-batches: a batch split, computed one after another, summed, merged."""
+"""Micro-batches: split, computed one after another, summed and merged."""
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def walked(values, merge):
     ],
 )
 def test_samples_are_merged_in_a_tree(count, mode):
-    """The merge is neither symmetric nor associative: its order counts."""
+    """The merge is neither symmetric nor associative, so order matters."""
     x = np.random.default_rng(count).normal(size=(count, 3))
 
     def merge(earlier, later):

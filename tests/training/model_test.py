@@ -1,4 +1,4 @@
-"""`Model` against stock Keras, steps written by hand, other strategies."""
+"""`Model` against stock Keras, steps by hand and other strategies."""
 
 import contextlib
 import inspect
@@ -22,7 +22,7 @@ Model = tf_adascale.Model
 
 @pytest.fixture
 def float64():
-    """Makes Keras work in double precision, to compare to rounding errors."""
+    """Makes Keras compute in float64, to compare up to rounding errors."""
     floatx = keras.config.floatx()
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
@@ -205,7 +205,7 @@ class TestCompile:
 
 
 class TestAgainstStockKeras:
-    """`Model` equals stock Keras: one micro-batch, one device."""
+    """`Model` equals stock Keras with one micro-batch on one device."""
 
     @pytest.mark.parametrize("run_eagerly", [False, True])
     def test_fit_equals(self, run_eagerly):
@@ -337,7 +337,7 @@ class TestMicrobatches:
         by_class = np.where(y.ravel() == 1, 3.0, 1.0)
         for weights, arguments in (
             (by_sample, {"sample_weight": by_sample}),
-            # Keras makes float32 weights of them. These are exact.
+            # Keras converts them to float32, which holds these exactly.
             (by_class, {"class_weight": {0: 1.0, 1: 3.0}}),
         ):
             model = compiled(dense_model, sgd, "mse", microbatches=4)
@@ -475,7 +475,7 @@ class TestMicrobatches:
                 arguments["microbatches"] = microbatches
             model = compiled(
                 lambda cls=model_class: dense_model(cls),
-                # The predictions of the second batch depend on the first step.
+                # At rate 0 no prediction depends on an earlier step.
                 keras.optimizers.SGD(0.0),
                 "mse",
                 metrics=[
@@ -750,7 +750,7 @@ class TestOtherMethods:
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_jit_compile_compiles_by_xla(num_replicas):
-    """XLA cannot call Python, which shows what it compiles."""
+    """XLA cannot call Python, so the error shows that it compiles the step."""
 
     class CallsPython(keras.layers.Layer):
         def call(self, x):
