@@ -19,7 +19,8 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
     "scale",
     _DEFAULTS.scale,
-    "S, the batch of one step / the base batch: replicas x micro-batches. If "
+    "S, the batch of one step / the base batch: replicas x micro-batches, and "
+    "by default as many. At S = 1 AdaScale is the plain optimizer. If "
     "--microbatches is not given, each replica takes scale / replicas of them.",
     lower_bound=1,
 )
@@ -68,8 +69,8 @@ flags.DEFINE_enum(
     "strategy",
     _DEFAULTS.strategy,
     strategies.STRATEGIES,
-    "default: one device. mirrored: all GPUs of this machine, or logical CPU "
-    "devices. multiworker: the workers of a cluster. tpu: a TPU.",
+    "default: one device. mirrored: all GPUs of this machine, or --replicas "
+    "logical CPU devices. multiworker: the workers of a cluster. tpu: a TPU.",
 )
 flags.DEFINE_enum(
     "cluster",
@@ -113,7 +114,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool(
     "smoke",
     _DEFAULTS.smoke,
-    f"Train for {training.SMOKE_STEPS} steps, unless --total_steps is given, "
+    f"Train for {training.SMOKE_STEPS} base steps, unless --total_steps is given, "
     f"and test on {training.SMOKE_TEST_BATCHES} batches.",
 )
 

@@ -66,6 +66,8 @@ class AdaScale(wrapper.Wrapper):
 
     Attributes:
         inner_optimizer: the argument.
+        microbatches: int, gradient samples per replica and step. A custom loop
+            sets it before `build`; `tf_adascale.Model.compile` sets it too.
 
     Raises:
         ValueError: for arguments out of range, an optimizer that cannot be
@@ -262,7 +264,9 @@ class AdaScale(wrapper.Wrapper):
         """Returns the squared norm of one sample, for `sample_sqnorm_sum`.
 
         Args:
-            gradients: list of tensors, `tf.IndexedSlices` or None.
+            gradients: list of tensors, `tf.IndexedSlices` or None: those of one
+                micro-batch, divided by the replicas and multiplied by the loss
+                scale like the ones that `apply` takes.
             variables: list of their variables.
         """
         if self.preconditioned and not self.built:
