@@ -114,8 +114,8 @@ flags.DEFINE_enum(
 flags.DEFINE_bool(
     "smoke",
     _DEFAULTS.smoke,
-    f"Train for {training.SMOKE_STEPS} base steps, unless --total_steps is given, "
-    f"and test on {training.SMOKE_TEST_BATCHES} batches.",
+    f"Train for {training.SMOKE_STEPS} base steps, unless --total_steps is "
+    f"given, and test on {training.SMOKE_TEST_BATCHES} batches.",
 )
 
 
