@@ -181,7 +181,8 @@ def test_killed_at_random_moments(tmp_path, whole):
     trained(directory, LONG)
     assert_same(directory, whole)
     assert log(directory) == log(whole)
-    assert names(directory) == names(whole)
+    # A kill inside the write of an index damages it, and spends its number.
+    assert len(names(directory)) == len(names(whole))
 
 
 def test_sigterm_saves_amid_a_row(stopped):
