@@ -9,7 +9,10 @@ except ImportError as error:
         '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
     ) from error
 
+import warnings as _warnings
+
 from tf_adascale import callbacks, forecast, ops, schedules
+from tf_adascale.ops import _keras
 from tf_adascale.optimizers.adamscale import AdamScale
 from tf_adascale.optimizers.adascale import AdaScale
 from tf_adascale.optimizers.adasum import Adasum
@@ -31,3 +34,7 @@ __all__ = [
 # Importing them made these attributes of the package. They are private.
 for _name in ("distribute", "optimizers", "training", "version"):
     globals().pop(_name, None)
+
+# An error would take the forecast too, which works without training.
+if _keras.backend_error():
+    _warnings.warn(_keras.backend_error(), stacklevel=2)

@@ -9,8 +9,12 @@ base batch takes T_1 steps, every rule trains for T_S = ceil(T_1 / S)
 iterations, see `scaled_iterations`. Only LSW+ takes a number of iterations of
 its own.
 
-The wrapped schedule is called with S t. This is an int64 if it is whole for
-every t, else a float64. Both are exact far beyond 2^24, where a float32 is not.
+The wrapped schedule is called with S t, a `keras.Variable` like the one that
+Keras passes. It is an int64 if S t is whole for every t, else a float64. Both
+are exact far beyond 2^24, where a float32 is not.
+
+Relies on `_initialize` and `_value` of `keras.Variable`, which Keras does not
+document. Checked on Keras 3.10 to 3.15.
 """
 
 import fractions
@@ -20,7 +24,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_adascale.ops import _arguments
+from tf_adascale.ops import _arguments, _keras
 
 __all__ = [
     "LegwScaling",
@@ -60,6 +64,20 @@ def scaled_iterations(total_steps: int, *, scale: float) -> int:
     return math.ceil(total_steps / _exact(_checked_scale(scale)))
 
 
+class _Step(keras.Variable):
+    """A tensor with the arithmetic of `optimizer.iterations`.
+
+    A schedule may multiply its step by a float, which a `keras.Variable` of
+    integers allows and a tensor of integers does not.
+    """
+
+    def __init__(self, value: tf.Tensor):
+        super().__init__(value, dtype=value.dtype.name, name="step")
+
+    def _initialize(self, value):
+        self._value = value
+
+
 class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """Base class of all rules: holds lr and S. A rule defines `_rate(step)`."""
 
@@ -70,6 +88,7 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
         scale: float,
     ):
         super().__init__()
+        _keras.check_backend()
         self.schedule = _checked_schedule(schedule)
         self.scale = _checked_scale(scale)
         self._base_steps_per_iteration = _exact(self.scale)
@@ -102,7 +121,7 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
             base_step = base_step / pace.denominator
         if not callable(self.schedule):
             return tf.constant(self.schedule, tf.float32)
-        return tf.cast(self.schedule(base_step), tf.float32)
+        return tf.cast(self.schedule(_Step(base_step)), tf.float32)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, for `from_config`."""

@@ -149,14 +149,16 @@ class TestInnerProducts:
         """A replica holds one piece of each other replica at a time."""
         monkeypatch.setattr(collectives, "BYTES_PER_GATHER", 8 * 10)
         sent, received = [], []
-        stock = collectives.gathered
+        stock = tf.distribute.ReplicaContext.all_gather
 
-        def gathered(value):
+        def all_gather(context, value, *args, **kwargs):
             sent.append(value)
-            received.append(stock(value))
+            received.append(stock(context, value, *args, **kwargs))
             return received[-1]
 
-        monkeypatch.setattr(collectives, "gathered", gathered)
+        monkeypatch.setattr(
+            tf.distribute.ReplicaContext, "all_gather", all_gather
+        )
 
         @tf.function
         def step():
@@ -165,7 +167,8 @@ class TestInnerProducts:
 
         step.get_concrete_function()
         sizes = [value.shape.num_elements() for value in sent]
-        assert sizes == [10, 10, 10, 10, 5]
+        # A replica's index goes with each piece.
+        assert sizes == [11, 11, 11, 11, 6]
         for before, after in zip(received, sent[1:]):
             assert before.op in ancestors(after.op)
 

@@ -100,19 +100,19 @@ def test_gradients_that_do_not_match(shapes):
         "variables [(3, 2), (2,)]"
     )
     with harness.refused(rule, f"gradients of shapes {shapes}"):
-        checks.matched_variables(gradients, weights)
+        checks.matched(gradients, weights)
 
 
 def test_gradients_that_match_as_far_as_is_known():
     weights = harness.variables(harness.twos())
     slices = tf.IndexedSlices(tf.ones((1, 2)), [0], tf.constant([3, 2]))
     for kernel in (tf.ones((3, 2)), slices, None):
-        assert (
-            checks.matched_variables([kernel, None], iter(weights)) == weights
-        )
+        gradients = [kernel, None]
+        _, variables = checks.matched(gradients, iter(weights))
+        assert variables == weights
 
 
 def test_gradients_without_variables():
     rule = "`trainable_variables` must be passed in the first call of `apply`"
     with harness.refused(rule, "trainable_variables=None, 2 gradients"):
-        checks.matched_variables([None, None], None)
+        checks.matched([None, None], None)

@@ -143,8 +143,8 @@ def test_a_loss_scale_may_be_added_later(built):
     weight = keras.Variable([1.0])
     if built:
         optimizer.build([weight])
-    optimizer.add_loss_scale()
-    optimizer.add_loss_scale()
+    optimizer.scale_inside()
+    optimizer.scale_inside()
     inner = optimizer.inner_optimizer
     assert isinstance(inner, LossScaleOptimizer)
     assert isinstance(inner.inner_optimizer, SGD)

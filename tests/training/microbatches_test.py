@@ -57,13 +57,14 @@ def test_summed_equals_a_loop_and_is_traced_once(jit_compile):
         assert y is None
         samples = [tf.reduce_sum(x, 0), None]
         terms = [None, tf.reduce_sum(weight) ** 2]
-        return samples, terms, {"a": x * 2, "b": (weight,)}
+        outputs = {"a": x * 2, "b": (weight,)}
+        return microbatches.Result(samples, terms, outputs)
 
     @tf.function(jit_compile=jit_compile)
     def run(x, weights):
         return microbatches.summed(function, [x, None, weights], 4)
 
-    (total, no_sample), (no_term, squares), outputs = run(x, weights)
+    (total, no_sample), (no_term, squares), outputs, _ = run(x, weights)
     assert len(traces) == 1
     assert no_sample is None
     assert no_term is None
@@ -100,11 +101,15 @@ def test_samples_are_merged_in_a_tree(count, mode):
         return [0.5 * a + 0.25 * b for a, b in zip(earlier, later)]
 
     def run(x):
-        samples, terms, outputs = microbatches.summed(
-            lambda x: ([x, None, x[0]], [x], x[None]), [x], count, merge=merge
+        result = microbatches.summed(
+            lambda x: microbatches.Result([x, None, x[0]], [x], x[None]),
+            [x],
+            count,
+            merge=merge,
         )
-        assert samples[1] is None
-        return [samples[0], samples[2]], terms, outputs
+        first, none, last = result.samples
+        assert none is None
+        return [first, last], result.terms, result.outputs
 
     if mode != "eager":
         run = tf.function(run, autograph=False, jit_compile=mode == "xla")

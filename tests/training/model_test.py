@@ -748,6 +748,7 @@ class TestOtherMethods:
         assert harness.iterations(model) == 8
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for")
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_jit_compile_compiles_by_xla(num_replicas):
     """XLA cannot call Python, so the error shows that it compiles the step."""

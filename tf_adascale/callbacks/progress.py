@@ -1,22 +1,24 @@
 """Callbacks that read AdaScale's progress, to stop training and to log it."""
 
+import inspect
 import math
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_adascale.ops import _arguments
+from tf_adascale.ops import gain as gain_ops
 from tf_adascale.optimizers import adascale
 
 # Name in the logs of each value, and the optimizer's attribute.
 _LOGGED = {
     "gain": "gain",
     "scale_invariant_step": "scale_invariant_step",
-    "learning_rate": "effective_learning_rate",
+    "effective_learning_rate": "effective_learning_rate",
     "gradient_variance": "gradient_variance",
     "gradient_sqnorm": "gradient_sqnorm",
-    "noise_scale": "noise_scale",
 }
 
 
@@ -59,7 +61,7 @@ class StopAtScaleInvariantStep(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks the optimizer."""
-        _check_optimizer(self)
+        self._optimizer = _adascale_of(self)
         self._steps_until_read = 0
 
     def on_train_batch_end(
@@ -71,7 +73,7 @@ class StopAtScaleInvariantStep(keras.callbacks.Callback):
         self._steps_until_read -= getattr(self.model, "steps_per_execution", 1)
         if self._steps_until_read > 0:
             return
-        optimizer = self.model.optimizer
+        optimizer = self._optimizer
         left = self.total_steps - float(optimizer.scale_invariant_step)
         if left <= 0:
             self.model.stop_training = True
@@ -81,13 +83,16 @@ class StopAtScaleInvariantStep(keras.callbacks.Callback):
 class ScalingLog(keras.callbacks.Callback):
     """Adds AdaScale's values to the logs, after each batch and each epoch.
 
-    The values are `gain`, `scale_invariant_step`, `learning_rate` (the
-    effective one), `gradient_variance`, `gradient_sqnorm` and `noise_scale`.
-    The progress bar, History, CSVLogger and TensorBoard then show them.
+    The values are `gain`, `scale_invariant_step`, `effective_learning_rate`,
+    `gradient_variance`, `gradient_sqnorm` and `noise_scale`. The progress bar,
+    History, CSVLogger and TensorBoard then show them.
 
-    Callbacks see the logs in the order of the list, so list this one first.
-    TensorBoard of Keras 3.10 replaces an epoch's `learning_rate` by
-    `optimizer.learning_rate`.
+    `learning_rate` in the logs is written by Keras's callbacks. It is
+    `optimizer.learning_rate`, which for a rate given as a number leaves out the
+    gain.
+
+    Keras calls callbacks in the order of their list, and those before this one
+    would not see its values. In `fit` it therefore moves to the front.
 
     Raises:
         ValueError: at the start of training, if the model's optimizer is not
@@ -98,10 +103,23 @@ class ScalingLog(keras.callbacks.Callback):
     >>> callbacks = [ScalingLog(), keras.callbacks.CSVLogger("log.csv")]
     """
 
+    def set_model(self, model: keras.Model) -> None:
+        """Sets the model, and moves this callback to the front of its list."""
+        super().set_model(model)
+        # Only the list's method that calls this one knows the list.
+        frame = inspect.currentframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, keras.callbacks.CallbackList):
+                if self in caller.callbacks:
+                    caller.callbacks.remove(self)
+                    caller.callbacks.insert(0, self)
+                return
+            frame = frame.f_back if caller is self else None
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks the optimizer."""
-        _check_optimizer(self)
-        optimizer = self.model.optimizer
+        optimizer = _adascale_of(self)
         # One graph: the sixty operations cost a millisecond one by one.
         self._values = tf.function(
             lambda: [
@@ -124,15 +142,29 @@ class ScalingLog(keras.callbacks.Callback):
         self._add(logs)
 
     def _add(self, logs):
-        if logs is not None:
-            logs.update(zip(_LOGGED, map(float, self._values())))
-
-
-def _check_optimizer(callback):
-    optimizer = callback.model.optimizer
-    if not isinstance(optimizer, adascale.AdaScale):
-        raise ValueError(
-            "`model.optimizer` must be a tf_adascale.AdaScale: "
-            f"{type(callback).__name__} reads its gain. Received: "
-            f"model.optimizer={optimizer!r}"
+        if logs is None:
+            return
+        values = dict(zip(_LOGGED, (x.numpy() for x in self._values())))
+        moments = gain_ops.Moments(
+            *map(
+                np.float32,
+                (values["gradient_variance"], values["gradient_sqnorm"]),
+            )
         )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values["noise_scale"] = gain_ops.noise_scale(moments)
+        logs.update((name, float(value)) for name, value in values.items())
+
+
+def _adascale_of(callback):
+    """Returns the model's AdaScale, also from inside another optimizer."""
+    optimizer = callback.model.optimizer
+    while not isinstance(optimizer, adascale.AdaScale):
+        if not hasattr(optimizer, "inner_optimizer"):
+            raise ValueError(
+                "`model.optimizer` must be a tf_adascale.AdaScale: "
+                f"{type(callback).__name__} reads its gain. Received: "
+                f"model.optimizer={callback.model.optimizer!r}"
+            )
+        optimizer = optimizer.inner_optimizer
+    return optimizer

@@ -59,10 +59,10 @@ def index() -> tf.Tensor:
 
 
 def gathered(value: tf.Tensor) -> tf.Tensor:
-    """Returns a value of every replica, along a new first axis.
+    """Returns a value of every replica, in their order, along a new first axis.
 
     Args:
-        value: tensor of a known shape; this replica's own.
+        value: float32 or float64 tensor of a known shape; this replica's own.
 
     Returns:
         Tensor of shape `(N, ...)`, the same on every replica.
@@ -72,14 +72,10 @@ def gathered(value: tf.Tensor) -> tf.Tensor:
     >>> gathered(tf.constant([3.0, 4.0])).numpy().tolist()
     [[3.0, 4.0]]
     """
-    context = tf.distribute.get_replica_context()
-    count = context.num_replicas_in_sync
-    if count == 1:
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return value[None]
-    # The collectives of CPUs and GPUs do not know the shape.
-    return tf.ensure_shape(
-        context.all_gather(value[None], axis=0), (count, *value.shape)
-    )
+    rows, order = _gathered(_with_index([tf.reshape(value, [-1])]))
+    return tf.reshape(tf.gather(rows[:, :-1], order), (-1, *value.shape))
 
 
 def inner_products(values: list[tf.Tensor]) -> tf.Tensor:
@@ -115,19 +111,41 @@ def inner_products(values: list[tf.Tensor]) -> tf.Tensor:
                 tf.cast(tf.reshape(values[v], [-1])[start:end], dtype)
                 for v, start, end in bucket
             ]
-            own = tf.concat(pieces, 0)
+            own = _with_index(pieces)
+        everyone, order = _gathered(own)
         # A matrix product would round to 10 bits on some accelerators.
-        products = gathered(own) * own
+        products = everyone * own
         begin = 0
         for v, start, end in bucket:
             length = end - start
             part = products[:, begin : begin + length]
-            rows[v] += tf.reduce_sum(part, axis=1)
+            rows[v] += tf.gather(tf.reduce_sum(part, axis=1), order)
             begin += length
     # One replica computes each row, so all replicas get the same numbers.
     mine = tf.one_hot(index(), count, dtype=dtype)
     (result,) = total([mine[:, None] * tf.stack(rows)[:, None, :]])
     return result
+
+
+def _with_index(pieces):
+    """Returns vectors joined, and this replica's index as the last entry."""
+    return tf.concat([*pieces, [tf.cast(index(), pieces[0].dtype)]], 0)
+
+
+def _gathered(own):
+    """Returns a vector of every replica, and the places of replicas 0, 1, ...
+
+    Collectives list their members in an order of their own. That of tasks is
+    0, 1, 10, 11, 2, because their names are sorted as strings.
+
+    Args:
+        own: what `_with_index` returned.
+    """
+    context = tf.distribute.get_replica_context()
+    rows = context.all_gather(own[None], axis=0)
+    # The collectives of CPUs and GPUs do not know the shape.
+    rows = tf.ensure_shape(rows, (context.num_replicas_in_sync, *own.shape))
+    return rows, tf.argsort(tf.cast(rows[:, -1], tf.int32))
 
 
 def _buckets(values, size):

@@ -137,9 +137,9 @@ def update(
     3.0
     """
     strategy.extended.update(
-        _native(variable),
+        native(variable),
         function,
-        args=tuple(_native(value) for value in values),
+        args=tuple(native(value) for value in values),
         group=False,
     )
 
@@ -184,6 +184,12 @@ def increment(strategy: tf.distribute.Strategy, variable: Any) -> None:
     update(strategy, variable, lambda v: v.assign_add(1))
 
 
-def _native(value):
-    """Returns the `tf.Variable` of a `keras.Variable`, anything else as is."""
+def native(value: Any) -> Any:
+    """Returns the `tf.Variable` of a `keras.Variable`, anything else as it is.
+
+    Example:
+
+    >>> native(3)
+    3
+    """
     return value.value if isinstance(value, keras.Variable) else value

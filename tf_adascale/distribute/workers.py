@@ -38,6 +38,23 @@ def num_workers(strategy: tf.distribute.Strategy) -> int:
     return max(1, sum(len(cluster.get(job, ())) for job in _WORKER_JOBS))
 
 
+def is_synchronous(strategy: tf.distribute.Strategy) -> bool:
+    """Returns whether the replicas of a strategy step together.
+
+    Example:
+
+    >>> is_synchronous(tf.distribute.get_strategy())
+    True
+    """
+    return not isinstance(
+        strategy,
+        (
+            tf.distribute.experimental.ParameterServerStrategy,
+            tf.compat.v1.distribute.experimental.ParameterServerStrategy,
+        ),
+    )
+
+
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Returns whether this process is the worker that saves.
 

@@ -1,5 +1,6 @@
 """AdaScale: the learning rate adapted, every step, to the batch size."""
 
+import warnings
 from typing import Any, Literal
 
 import keras
@@ -13,9 +14,21 @@ from tf_adascale.optimizers import (
     estimators,
     inner_step,
     loss_scale,
+    overwrites,
     preconditioner,
     wrapper,
 )
+
+# Keras's optimizers that divide by a size of the gradients, or take its sign.
+_ADAPTIVE = [
+    getattr(keras.optimizers, name)
+    for name in (
+        *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax"),
+        *("Ftrl", "Lamb", "Lion", "Muon", "Nadam", "RMSprop"),
+        "ScheduleFreeAdamW",
+    )
+    if hasattr(keras.optimizers, name)
+]
 
 
 @keras.saving.register_keras_serializable(package="tf_adascale")
@@ -117,6 +130,8 @@ class AdaScale(wrapper.Wrapper):
             )
             preconditioner.check(loss_scale.unwrap(inner_optimizer))
         super().__init__(inner_optimizer, name=name, **kwargs)
+        if power == 1 and scale != 1:
+            _warn_if_adaptive(loss_scale.unwrap(inner_optimizer))
         self.estimator = estimator
         self.power = power
         self.preconditioned = preconditioned
@@ -124,6 +139,7 @@ class AdaScale(wrapper.Wrapper):
         self._scale = scale
         self._smoothing = smoothing
         self._estimator = estimators.KINDS[estimator]()
+        self._has_warned = False
         # A `gain.State`, flat. It is at the base batch size, whatever the
         # scale, so a run may continue at another one.
         self._state_variables = (
@@ -184,7 +200,7 @@ class AdaScale(wrapper.Wrapper):
         return inner_step.Step(
             gradients=gradients,
             finite=tf.reduce_all(tf.math.is_finite(norms_and_moments)),
-            learning_rate=self._rate(gain, before.step.whole),
+            learning_rate=self._rate(gain),
             base_steps=gain if self.scale_ema and self.scale != 1 else None,
             assignments=[
                 *zip(self._state_variables, tf.nest.flatten(after)),
@@ -224,7 +240,8 @@ class AdaScale(wrapper.Wrapper):
             for slot in self.slot_indices(variables)
         ]
 
-    def _rate(self, gain, whole_step):
+    def _rate(self, gain):
+        *_, whole_step, _ = self._state_variables
         rate = self.base_learning_rate(whole_step)
         power = gain if self.power == 1 else gain**self.power
         return rate * tf.cast(power, rate.dtype)
@@ -271,10 +288,16 @@ class AdaScale(wrapper.Wrapper):
         """
         if self.preconditioned and not self.built:
             self.build(variables)
-        return _sqnorm(gradients, self._divisors(variables))
+        pairs = overwrites.split(gradients, variables)
+        return _sqnorm(pairs.gradients, self._divisors(pairs.variables))
 
     def check_step(self, sample_sqnorm_sum: tf.Tensor | None) -> None:
-        """Refuses a step whose gain cannot be estimated."""
+        """Refuses a step whose gain cannot be estimated.
+
+        Warns once of a gain that stays 1.
+        """
+        if self._scale is None and self.num_samples == 1:
+            self._warn_of_one_sample()
         if self.scale != 1 and self.num_samples < self._estimator.least_samples:
             raise ValueError(
                 "`microbatches` must be >= 2 on one replica at a scale other "
@@ -295,6 +318,19 @@ class AdaScale(wrapper.Wrapper):
                 "micro-batches per step: the sum of `sample_sqnorm` over them, "
                 "as tf_adascale.Model passes it. Received: "
                 f"microbatches={self.microbatches}, sample_sqnorm_sum=None"
+            )
+
+    def _warn_of_one_sample(self):
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"`{self.name}` gets one gradient sample per step, so its gain "
+                "stays 1 and it trains like its inner optimizer. If the batch "
+                "is larger than the one that the learning rate was tuned for, "
+                "pass `microbatches` to tf_adascale.Model.compile, one for "
+                "each base batch in a replica's batch, or train on several "
+                "replicas. If it is not, pass scale=1 to omit this warning.",
+                stacklevel=2,
             )
 
     # For users to read.
@@ -363,7 +399,7 @@ class AdaScale(wrapper.Wrapper):
     @property
     def effective_learning_rate(self) -> tf.Tensor:
         """Scalar: r^power lr(floor(tau)), with the last step's gain."""
-        return self._rate(self.gain, self._state().step.whole)
+        return self._rate(self.gain)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration, with the rate that the user gave."""
@@ -382,6 +418,18 @@ def _sqnorm(gradients, divisors):
     """Returns a squared norm in the gain's units, scalar float32."""
     gradients = preconditioner.precondition(gradients, divisors)
     return tf.cast(norms.squared_norm(gradients), tf.float32)
+
+
+def _warn_if_adaptive(optimizer):
+    """Warns of a power that does not suit an adaptive optimizer."""
+    if type(optimizer) in _ADAPTIVE:
+        warnings.warn(
+            "`power` is 1, which suits SGD. The steps of "
+            f"{type(optimizer).__name__} hardly depend on the size of the "
+            "gradient: use tf_adascale.AdamScale for Adam and its relatives, "
+            "or pass power=0.5.",
+            stacklevel=3,
+        )
 
 
 def _checked_scale(scale):

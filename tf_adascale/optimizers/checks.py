@@ -7,13 +7,15 @@ these are
     _distribution_strategy  the strategy an optimizer was made under
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_adascale.distribute import updates
+from tf_adascale.distribute import updates, workers
+from tf_adascale.ops import _keras
 from tf_adascale.optimizers import inner_step, loss_scale
 
 
@@ -39,12 +41,22 @@ def check_inner_optimizer(
             "keras.optimizers.SGD(weight_decay=1e-4)). "
             f"Received: {name}={value!r}"
         )
+    _keras.check_backend()
+    _keras.check_version("inner_optimizer", [optimizer])
+    check_strategy(updates.strategy())
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             "`inner_optimizer` must be a keras.optimizers.Optimizer. "
             f"Received: inner_optimizer={optimizer!r}"
         )
     innermost = loss_scale.unwrap(optimizer)
+    if loss_scale.is_dynamic(optimizer):
+        inner_step.check_overrides(
+            optimizer,
+            keras.optimizers.LossScaleOptimizer,
+            loss_scale.REPLACED,
+            name=wrapper,
+        )
     is_wrapper = hasattr(innermost, "inner_optimizer")
     if is_wrapper or isinstance(innermost._learning_rate, inner_step.Rate):
         raise ValueError(
@@ -61,6 +73,25 @@ def check_inner_optimizer(
             f"{innermost.gradient_accumulation_steps}"
         )
     inner_step.check(innermost, name=wrapper)
+
+
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
+    """Raises a ValueError for a strategy whose replicas do not step together.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+
+    Example:
+
+    >>> check_strategy(tf.distribute.get_strategy())
+    """
+    if not workers.is_synchronous(strategy):
+        raise ValueError(
+            "`strategy` must be synchronous: under ParameterServerStrategy "
+            "every worker steps by its own gradient, and there is none of the "
+            "whole batch. Use MultiWorkerMirroredStrategy. Received: "
+            f"strategy={strategy}"
+        )
 
 
 def check_context(
@@ -93,14 +124,65 @@ def check_context(
         )
 
 
-def matched_variables(
-    grads: list[Any], variables: Iterable[Any] | None
-) -> list[Any]:
-    """Returns the variables as a list, if the gradients match them.
+def check_has_no_wrapper(optimizer: Any, wrapper: type) -> None:
+    """Raises a ValueError if an optimizer has one of a class inside.
 
     Args:
-        grads: list of tensors, `tf.IndexedSlices` or None.
+        optimizer: Keras optimizer.
+        wrapper: the class.
+
+    Example:
+
+    >>> check_has_no_wrapper(keras.optimizers.SGD(), keras.Model)
+    """
+    inside = [
+        getattr(optimizer, "inner_optimizer", None),
+        *getattr(optimizer, "optimizers", ()),
+    ]
+    if any(isinstance(inner, wrapper) for inner in inside):
+        raise ValueError(
+            "`optimizer` must not have a tf_adascale optimizer inside another "
+            "one with several micro-batches, which only the outermost one is "
+            f"told of. Received: optimizer={optimizer!r}"
+        )
+
+
+def check_is_outermost(name: str, num_replicas: int) -> None:
+    """Raises a ValueError if an optimizer in another one cannot step.
+
+    Keras's `LossScaleOptimizer` steps inside a condition, where no collective
+    can run, and lets the first replica decide whether gradients are finite.
+
+    Args:
+        name: str, the wrapper's name.
+        num_replicas: int, replicas in sync.
+
+    Example:
+
+    >>> check_is_outermost("adascale", 1)
+    """
+    if num_replicas > 1:
+        raise ValueError(
+            f"`{name}` must not be inside another optimizer on several "
+            "replicas. Put the loss scale inside, as in AdaScale("
+            "keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())), and "
+            "compile a keras.Model with auto_scale_loss=False, or use "
+            f"tf_adascale.Model. Received: replicas={num_replicas}"
+        )
+
+
+def matched(
+    grads: list[Any], variables: Iterable[Any] | None
+) -> tuple[list[Any], list[Any]]:
+    """Returns the gradients as tensors and the variables, if they match.
+
+    Args:
+        grads: list of tensors, arrays, `tf.IndexedSlices` or None.
         variables: variables, or None if none are known.
+
+    Returns:
+        List of tensors, `tf.IndexedSlices` of tensors, or None; list of the
+        variables.
 
     Raises:
         ValueError: if they do not match in number or shape.
@@ -108,8 +190,9 @@ def matched_variables(
     Example:
 
     >>> weight = keras.Variable([0.0])
-    >>> matched_variables([None], [weight]) == [weight]
-    True
+    >>> [gradient], [variable] = matched([np.array([0.5])], [weight])
+    >>> gradient.dtype.name, variable is weight
+    ('float32', True)
     """
     if variables is None:
         raise ValueError(
@@ -118,6 +201,10 @@ def matched_variables(
             f"Received: trainable_variables=None, {len(grads)} gradients"
         )
     variables = list(variables)
+    grads = [
+        _as_tensor(gradient, variable)
+        for gradient, variable in itertools.zip_longest(grads, variables)
+    ][: len(grads)]
     shapes = [None if g is None else _shape(g) for g in grads]
     expected = [tuple(v.shape) for v in variables]
     if len(grads) != len(variables) or not all(
@@ -128,7 +215,22 @@ def matched_variables(
             "`grads` must hold a gradient of its shape, or None, for each of "
             f"the variables {expected}. Received: gradients of shapes {shapes}"
         )
-    return variables
+    return grads, variables
+
+
+def _as_tensor(gradient, variable):
+    """Returns a gradient of arrays as one of tensors."""
+    if isinstance(gradient, tf.IndexedSlices):
+        shape = gradient.dense_shape
+        return tf.IndexedSlices(
+            tf.convert_to_tensor(gradient.values),
+            tf.convert_to_tensor(gradient.indices),
+            None if shape is None else tf.convert_to_tensor(shape),
+        )
+    if gradient is None or tf.is_tensor(gradient):
+        return gradient
+    tensor = tf.convert_to_tensor(gradient)
+    return tensor if variable is None else tf.cast(tensor, variable.dtype)
 
 
 def _shape(gradient):

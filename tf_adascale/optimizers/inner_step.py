@@ -7,14 +7,16 @@ context. Values are each device's own.
 Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
 these are
 
-    _apply_weight_decay              `update` does it instead
-    _backend_update_step             likewise; only Nadam's is known
     _use_weight_decay                whether a variable decays
     _trainable_variables             the variables an optimizer was built on
     _model_variables_moving_average  the slots of `use_ema`
     _u_product                       Nadam's, which belongs to no variable
+    _should_use_adamw                whether Muon steps a variable as AdamW
+
+and the methods that `REPLACED` lists.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +25,35 @@ import tensorflow as tf
 
 from tf_adascale.distribute import updates
 from tf_adascale.ops import ema as ema_ops
+
+# Methods and properties of Keras's optimizers that a wrapper does without. An
+# optimizer that overrides one of them would be followed in part only.
+REPLACED = (
+    "apply",
+    "apply_gradients",
+    "stateless_apply",
+    "iterations",
+    "learning_rate",
+    "_all_reduce_sum_gradients",
+    "_apply_weight_decay",
+    "_backend_apply_gradients",
+    "_backend_update_step",
+    "_distributed_tf_update_step",
+    "_filter_empty_gradients",
+    "_get_current_learning_rate",
+    "_overwrite_model_variables_with_average_value",
+    "_overwrite_variable_with_gradient",
+    "_overwrite_variables_directly_with_gradients",
+    "_update_model_variables_moving_average",
+)
+
+# Overrides that `update` knows.
+_NADAM = keras.optimizers.Nadam
+_MUON = getattr(keras.optimizers, "Muon", ())  # Keras 3.10 has none.
+_KNOWN = (
+    (_NADAM, "_backend_update_step"),
+    (_MUON, "_apply_weight_decay"),
+)
 
 
 class Step(NamedTuple):
@@ -83,18 +114,48 @@ def check(optimizer: keras.optimizers.Optimizer, *, name: str) -> None:
 
     >>> check(keras.optimizers.SGD(), name="AdaScale")
     """
-    for hook in ("_apply_weight_decay", "_backend_update_step"):
-        known = [
-            getattr(cls, hook)
-            for cls in (keras.optimizers.Optimizer, keras.optimizers.Nadam)
-        ]
-        if getattr(type(optimizer), hook) not in known:
-            raise ValueError(
-                "`inner_optimizer` must not override "
-                f"keras.optimizers.Optimizer.{hook}: {name} takes its step "
-                "without calling it. Received: "
-                f"inner_optimizer={optimizer!r}"
-            )
+    known = [(hook, getattr(cls, hook)) for cls, hook in _KNOWN if cls]
+    check_overrides(
+        optimizer, keras.optimizers.Optimizer, REPLACED, known, name=name
+    )
+
+
+def check_overrides(
+    optimizer: keras.optimizers.Optimizer,
+    base: type,
+    hooks: Sequence[str],
+    known: Sequence[tuple[str, Any]] = (),
+    *,
+    name: str,
+) -> None:
+    """Raises a ValueError if an optimizer overrides what a wrapper replaces.
+
+    Args:
+        optimizer: Keras optimizer.
+        base: class of Keras whose methods and properties count.
+        hooks: their names.
+        known: pairs of a name and an override that the wrapper knows.
+        name: str, the wrapper that asks.
+
+    Example:
+
+    >>> check_overrides(keras.optimizers.SGD(), keras.optimizers.Optimizer,
+    ...                 ["apply"], name="AdaScale")
+    """
+    overridden = [
+        hook
+        for hook in hooks
+        if hook in vars(optimizer)
+        or (hook, getattr(type(optimizer), hook, None))
+        not in [*known, (hook, getattr(base, hook, None))]
+    ]
+    if overridden:
+        raise ValueError(
+            "`inner_optimizer` must not override "
+            f"keras.optimizers.{base.__name__}.{overridden[0]}: {name} takes "
+            "its step without calling it. Received: "
+            f"inner_optimizer={optimizer!r}, which overrides {overridden}"
+        )
 
 
 def update(
@@ -122,21 +183,27 @@ def update(
     [0.5]
     """
 
-    def update_one(variable, gradient, rate):
+    def update_one(variable, gradient, rate, *, decay):
         # Keras's _apply_weight_decay would leave the context of the update.
-        if optimizer.weight_decay is not None and optimizer._use_weight_decay(
-            variable
-        ):
-            decay = tf.cast(optimizer.weight_decay, variable.dtype)
+        if decay is not None:
             variable.assign_sub(
-                variable * decay * tf.cast(rate, variable.dtype)
+                variable
+                * tf.cast(decay, variable.dtype)
+                * tf.cast(rate, variable.dtype)
             )
         optimizer.update_step(gradient, variable, rate)
 
-    if gradients and isinstance(optimizer, keras.optimizers.Nadam):
+    if gradients and isinstance(optimizer, _NADAM):
         _advance_nadam(strategy, optimizer)
     for variable, gradient in zip(variables, gradients):
-        updates.update(strategy, variable, update_one, gradient, rate)
+        decay = _weight_decay(optimizer, variable)
+        updates.update(
+            strategy,
+            variable,
+            functools.partial(update_one, decay=decay),
+            gradient,
+            rate,
+        )
 
 
 def combined(
@@ -193,15 +260,24 @@ def combined(
     )
 
 
-def averaged_weights(optimizer: keras.optimizers.Optimizer) -> list[Any]:
-    """Returns the list of the variables that `use_ema` averages.
+def averaged_weights(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[tuple[Any, Any]]:
+    """Returns a list of each variable that `use_ema` averages, and its slot.
 
     Example:
 
     >>> averaged_weights(keras.optimizers.SGD())
     []
     """
-    return optimizer._trainable_variables if optimizer.use_ema else []
+    if not optimizer.use_ema:
+        return []
+    pairs = zip(
+        optimizer._trainable_variables,
+        optimizer._model_variables_moving_average,
+    )
+    # A variable that its gradient overwrites has no slot.
+    return [(variable, slot) for variable, slot in pairs if slot is not None]
 
 
 def average(
@@ -218,7 +294,8 @@ def average(
     Args:
         strategy: `tf.distribute.Strategy`.
         optimizer: Keras optimizer, built.
-        before: list of tensors, `averaged_weights` before the step.
+        before: list of tensors, the variables of `averaged_weights` before the
+            step.
         base_steps: scalar, base steps that the step stands for, see
             `ema_ops.advance_average`; None for one, as Keras has it.
 
@@ -255,8 +332,7 @@ def average(
         due = (iterations + 1) % period == 0
         variable.assign(tf.where(due, average, variable))
 
-    for place, variable in enumerate(averaged_weights(optimizer)):
-        slot = optimizer._model_variables_moving_average[place]
+    for place, (variable, slot) in enumerate(averaged_weights(optimizer)):
         if base_steps is None:
             updates.update(strategy, slot, by_one, variable)
         else:
@@ -282,6 +358,22 @@ def constrain(strategy: tf.distribute.Strategy, variable: Any) -> None:
     constraint = getattr(variable, "constraint", None)
     if constraint is not None:
         updates.update(strategy, variable, lambda v: v.assign(constraint(v)))
+
+
+def _weight_decay(optimizer, variable):
+    """Returns the weight decay of a variable, or None."""
+    if _MUON and isinstance(optimizer, _MUON):
+        # Muon looks at a variable's path, which only Keras's variables have.
+        if not optimizer._use_weight_decay(variable):
+            return None
+        if optimizer._should_use_adamw(variable):
+            return optimizer.adam_weight_decay
+        return optimizer.weight_decay
+    if optimizer.weight_decay is None or not optimizer._use_weight_decay(
+        updates.native(variable)
+    ):
+        return None
+    return optimizer.weight_decay
 
 
 def _advance_nadam(strategy, nadam):

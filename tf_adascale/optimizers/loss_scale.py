@@ -10,6 +10,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# Methods of `LossScaleOptimizer` that a wrapper does without.
+REPLACED = (
+    "apply",
+    "apply_gradients",
+    "check_finite",
+    "_common_apply",
+    "_stateful_handle_finite_grads",
+    "_stateful_handle_non_finite_grads",
+    "_tf_apply",
+)
+
 
 def is_dynamic(optimizer: keras.optimizers.Optimizer) -> bool:
     """Returns whether an optimizer is a `LossScaleOptimizer`.

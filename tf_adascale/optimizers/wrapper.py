@@ -15,24 +15,49 @@ these are
     _get_variable_index              a variable's place among them
     _check_variables_are_known       raises for any other variable
     _distribution_strategy           the strategy an optimizer was made under
+    _filter_empty_gradients          warns of variables without a gradient
     _clip_gradients                  clipnorm, clipvalue and global_clipnorm
     _model_variables_moving_average  the slots of `use_ema`
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_adascale.distribute import updates
+from tf_adascale.ops import _keras
 from tf_adascale.optimizers import (
     checks,
     inner_step,
     loss_scale,
+    overwrites,
     saved_state,
 )
+
+
+def with_scale_inside(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.Optimizer:
+    """Returns an optimizer whose loss scale, if any, is inside the wrapper.
+
+    Args:
+        optimizer: Keras optimizer, possibly a `LossScaleOptimizer` around a
+            wrapper, which then changes places with it.
+
+    Example:
+
+    >>> sgd = keras.optimizers.SGD()
+    >>> with_scale_inside(sgd) is sgd
+    True
+    """
+    inner = loss_scale.unwrap(optimizer)
+    if inner is optimizer or not isinstance(inner, Wrapper):
+        return optimizer
+    inner.scale_inside(optimizer)
+    return inner
 
 
 class Wrapper(keras.optimizers.Optimizer):
@@ -89,6 +114,8 @@ class Wrapper(keras.optimizers.Optimizer):
         super().__init__(learning_rate=effective_rate, name=name)
         self.inner_optimizer = inner_optimizer
         self.microbatches = 1
+        # Whether an optimizer around this one scales the loss.
+        self._is_scaled_outside = False
         # The user's rate stays where it is saved, among the inner optimizer's
         # variables. __setattr__ would track it here as well.
         object.__setattr__(self, "_learning_rate", innermost._learning_rate)
@@ -159,8 +186,13 @@ class Wrapper(keras.optimizers.Optimizer):
         """Int: replicas in sync, N."""
         return self._distribution_strategy.num_replicas_in_sync
 
-    def base_learning_rate(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns the user's learning rate at a step of the base batch."""
+    def base_learning_rate(self, step: keras.Variable) -> tf.Tensor:
+        """Returns the user's learning rate at a step of the base batch.
+
+        Args:
+            step: variable, because Keras passes one to a schedule, and its
+                arithmetic differs from that of a tensor.
+        """
         rate = self._learning_rate
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
             rate = rate(step)
@@ -180,15 +212,16 @@ class Wrapper(keras.optimizers.Optimizer):
         return tf.convert_to_tensor(self._skipped_steps)
 
     @property
-    def learning_rate(self) -> tf.Tensor:
-        """The effective rate of a schedule, or the base rate that was set.
+    def learning_rate(self) -> keras.Variable | tf.Tensor:
+        """The effective rate of a schedule, or the variable of the base rate.
 
-        A rate given as a number reads as it was set, at the base batch size.
-        `keras.callbacks.ReduceLROnPlateau` and `LearningRateScheduler` set a
-        multiple of what they read, and would otherwise include the gain.
+        A rate given as a number is a variable, as in Keras, and reads as it was
+        set, at the base batch size. `keras.callbacks.ReduceLROnPlateau` and
+        `LearningRateScheduler` set a multiple of what they read, and would
+        otherwise include the gain.
         """
         if isinstance(self._learning_rate, keras.Variable):
-            return tf.convert_to_tensor(self._learning_rate)
+            return self._learning_rate
         return self.effective_learning_rate
 
     @learning_rate.setter
@@ -205,6 +238,29 @@ class Wrapper(keras.optimizers.Optimizer):
         """List: this optimizer's own variables, then the inner one's."""
         return self._variables + self.inner_optimizer.variables
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all variables, those of the inner optimizer too.
+
+        Args:
+            weights: list of arrays, the values of `variables`.
+
+        Raises:
+            ValueError: if the optimizer is not built, or the arrays do not
+                match `variables`.
+        """
+        if not self.built:
+            super().set_weights(weights)  # Raises.
+        expected = [tuple(variable.shape) for variable in self.variables]
+        received = [tuple(weight.shape) for weight in weights]
+        if expected != received:
+            raise ValueError(
+                "`weights` must hold an array of its shape for each of "
+                f"`variables`, which have the shapes {expected}. Received: "
+                f"arrays of the shapes {received}"
+            )
+        for variable, weight in zip(self.variables, weights):
+            variable.assign(weight)
+
     def __repr__(self):
         parameters = inspect.signature(type(self)).parameters.values()
         settings = [
@@ -216,6 +272,10 @@ class Wrapper(keras.optimizers.Optimizer):
         if loss_scale.is_dynamic(self.inner_optimizer):
             inner = f"{type(self.inner_optimizer).__name__}({inner})"
         return f"{type(self).__name__}({', '.join([inner, *settings])})"
+
+    def __str__(self):
+        # Keras 2 refuses it with an error that ends in this.
+        return repr(self) + _keras.note_for_version_2()
 
     # The Keras optimizer.
 
@@ -241,6 +301,25 @@ class Wrapper(keras.optimizers.Optimizer):
     def _innermost(self):
         return loss_scale.unwrap(self.inner_optimizer)
 
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        *,
+        sample_sqnorm_sum: tf.Tensor | None = None,
+    ) -> keras.Variable:
+        """Takes one step by pairs of a gradient and a variable; see `apply`.
+
+        Returns:
+            `iterations`.
+        """
+        pairs = list(grads_and_vars)
+        self.apply(
+            [gradient for gradient, _ in pairs],
+            [variable for _, variable in pairs],
+            sample_sqnorm_sum=sample_sqnorm_sum,
+        )
+        return self.iterations
+
     @tf.autograph.experimental.do_not_convert
     def apply(
         self,
@@ -251,10 +330,15 @@ class Wrapper(keras.optimizers.Optimizer):
     ) -> None:
         """Takes one step, in replica context.
 
+        A variable marked by `overwrite_with_gradient`, as float8's scales are,
+        is overwritten by its gradient, on several replicas by the largest. It
+        has no part in the gain, in clipping or in averages.
+
         Args:
-            grads: list of tensors, `tf.IndexedSlices` or None: this replica's
-                gradients divided by the number of replicas, as a loss that
-                Keras reduced gives them. None leaves its variable alone.
+            grads: list of tensors, arrays, `tf.IndexedSlices` or None: this
+                replica's gradients divided by the number of replicas, as a loss
+                that Keras reduced gives them. None leaves its variable alone,
+                with a warning. An empty list does nothing.
             trainable_variables: list of variables; optional once the optimizer
                 is built.
             sample_sqnorm_sum: scalar; for a replica that took several samples,
@@ -264,16 +348,20 @@ class Wrapper(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the gradients do not match the variables, the
                 strategy in effect is not the one this optimizer was made under,
-                or the call comes from cross-replica context.
+                the call comes from cross-replica context, or from an optimizer
+                around this one on several replicas.
         """
         checks.check_context(self.name, [self, self._innermost])
+        if self._is_scaled_outside:
+            checks.check_is_outermost(self.name, self.num_replicas)
         grads = list(grads)
+        if not grads:
+            return
         if trainable_variables is None and self.built:
             trainable_variables = self._trainable_variables
-        variables = checks.matched_variables(grads, trainable_variables)
+        grads, variables = checks.matched(grads, trainable_variables)
         self.check_step(sample_sqnorm_sum)
-        present = [(g, v) for g, v in zip(grads, variables) if g is not None]
-        if not present:
+        if all(gradient is None for gradient in grads):
             raise ValueError(
                 "`grads` must hold a gradient of at least one variable. Does "
                 f"the loss depend on the weights? Received: grads={grads}"
@@ -281,32 +369,52 @@ class Wrapper(keras.optimizers.Optimizer):
         if not self.built:
             self.build(variables)
         self._check_variables_are_known(variables)
-        gradients, variables = map(list, zip(*present))
-        scale = loss_scale.factor(self.inner_optimizer)
-        step = self.plan_step(variables, gradients, sample_sqnorm_sum, scale)
-        gradients = [loss_scale.unscale(g, scale) for g in step.gradients]
-        gradients = self._innermost._clip_gradients(gradients)
-        step = inner_step.combined(
-            self._distribution_strategy,
-            self._innermost,
-            variables,
-            step._replace(gradients=gradients),
+        pairs = overwrites.split(
+            *self._filter_empty_gradients(grads, variables)
         )
-        self._take(variables, step)
+        step = self._planned(pairs, sample_sqnorm_sum)
+        step = inner_step.combined(
+            self._distribution_strategy, self._innermost, pairs.variables, step
+        )
+        self._take(pairs.variables, step)
+
+    def _planned(self, pairs, sample_sqnorm_sum):
+        """Returns the step to take, its gradients unscaled and clipped."""
+        if pairs.gradients:
+            scale = loss_scale.factor(self._loss_scaler())
+            step = self.plan_step(
+                pairs.variables, pairs.gradients, sample_sqnorm_sum, scale
+            )
+            gradients = [loss_scale.unscale(g, scale) for g in step.gradients]
+            step = step._replace(
+                gradients=self._innermost._clip_gradients(gradients)
+            )
+        else:
+            step = inner_step.Step([], tf.constant(True), learning_rate=0.0)
+        if not pairs.overwritten:
+            return step
+        new_values, finite = overwrites.largest(pairs.new_values)
+        return step._replace(
+            finite=step.finite & finite,
+            assignments=[
+                *step.assignments,
+                *zip(pairs.overwritten, new_values),
+            ],
+        )
 
     def _take(self, variables, step):
         """Lets the inner optimizer step on every device, or skips on all."""
-        inner, innermost = self.inner_optimizer, self._innermost
+        scaler, innermost = self._loss_scaler(), self._innermost
         taken = [
             *step.assignments,
-            *loss_scale.assignments(inner, finite=True),
+            *loss_scale.assignments(scaler, finite=True),
         ]
-        skipped = loss_scale.assignments(inner, finite=False)
+        skipped = loss_scale.assignments(scaler, finite=False)
         skipped += [(self._skipped_steps, self._skipped_steps + 1)]
         before = []
         if step.base_steps is not None:
             weights = inner_step.averaged_weights(innermost)
-            before = [tf.convert_to_tensor(weight) for weight in weights]
+            before = [tf.convert_to_tensor(weight) for weight, _ in weights]
 
         def take(strategy, gradients, rate, values, base_steps, before):
             updates.assign(strategy, [v for v, _ in taken], values)
@@ -340,17 +448,52 @@ class Wrapper(keras.optimizers.Optimizer):
     # Loss scale.
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        """Returns the loss multiplied by the inner optimizer's loss scale."""
-        return self.inner_optimizer.scale_loss(loss)
+        """Returns the loss multiplied by the inner optimizer's loss scale.
 
-    def add_loss_scale(self) -> None:
-        """Puts a `LossScaleOptimizer` around the inner one if it is none."""
+        Unchanged if an optimizer around this one scales the loss.
+        """
+        return self._loss_scaler().scale_loss(loss)
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """Number or None: the inner optimizer's static loss scale.
+
+        Keras sets it, on the optimizer inside, when it makes an optimizer that
+        scales the loss by itself, such as `LossScaleOptimizer`.
+        """
+        inner = vars(self).get("inner_optimizer")
+        return inner and loss_scale.unwrap(inner).loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        if "inner_optimizer" in vars(self):  # Not in Keras's constructor.
+            self._innermost.loss_scale_factor = factor
+            self._is_scaled_outside = True
+
+    def _loss_scaler(self):
+        """Returns the optimizer whose loss scale is in effect."""
+        # Not a property: Keras saves what an attribute holds.
+        if self._is_scaled_outside:
+            return self._innermost
+        return self.inner_optimizer
+
+    def scale_inside(
+        self, scaler: keras.optimizers.LossScaleOptimizer | None = None
+    ) -> None:
+        """Puts a `LossScaleOptimizer` around the inner one if it is none.
+
+        Args:
+            scaler: `LossScaleOptimizer` around this optimizer, which moves
+                inside; None for a new one.
+        """
         if not loss_scale.is_dynamic(self.inner_optimizer):
-            self.inner_optimizer = keras.optimizers.LossScaleOptimizer(
-                self.inner_optimizer
-            )
+            if scaler is None:
+                scaler = keras.optimizers.LossScaleOptimizer(self._innermost)
+            scaler.inner_optimizer = self._innermost
+            self.inner_optimizer = scaler
             if self.built:
                 self._build_inner(self._trainable_variables)
+        self._is_scaled_outside = False
 
     # Saving. Keras saves the inner optimizer by itself: it is an attribute.
 

@@ -1,8 +1,8 @@
 """Micro-batches: a batch split in parts that are computed in turn."""
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -66,24 +66,38 @@ def uneven_error(
     return _uneven_error(*values.groups()) if values else None
 
 
+class Result(NamedTuple):
+    """What a function makes of one part, or `summed` of all of them.
+
+    Attributes:
+        samples: list of tensors of known shapes, or None, to be merged.
+        terms: list of tensors of known shapes, or None, to be summed.
+        outputs: nested tensors, or None, to be joined along their first axes.
+        maxima: list of floating tensors of known shapes, or None, of which the
+            largest are taken.
+    """
+
+    samples: list[Any]
+    terms: list[Any]
+    outputs: Any
+    maxima: Sequence[Any] = ()
+
+
 def summed(
-    function: Callable[..., tuple[list[Any], list[Any], Any]],
+    function: Callable[..., Result],
     parts: list[Any],
     count: int,
     *,
     merge: Callable[[list[Any], list[Any]], list[Any]] | None = None,
-) -> tuple[list[Any], list[Any], Any]:
+) -> Result:
     """Returns the sums and the outputs of a function of each part.
 
     The loop runs in the graph and holds the sums and one part's intermediate
     results at a time.
 
     Args:
-        function: callable of one part's tensors that returns `(samples, terms,
-            outputs)`. Samples and terms are lists of tensors of known shapes,
-            or None, to be summed. Outputs are nested tensors, or None, to be
-            joined along their first axes. None stands at the same places for
-            every part.
+        function: callable of one part's tensors that returns a `Result`. None
+            stands at the same places for every part.
         parts: list of nested tensors, or None, with a first axis of `count`.
         count: int >= 1.
         merge: function that merges two samples, the earlier one first, or None
@@ -93,18 +107,20 @@ def summed(
             a list per level.
 
     Returns:
-        `(samples, terms, outputs)` of the same structure.
+        `Result` of the same structure.
 
     Example:
 
     >>> parts = [tf.constant([[1.0, 2.0], [3.0, 4.0]])]
-    >>> function = lambda x: ([tf.reduce_max(x)], [tf.reduce_sum(x)], 2 * x)
-    >>> (most,), (total,), outputs = summed(function, parts, 2)
-    >>> float(most), float(total), outputs.numpy().tolist()
-    (6.0, 10.0, [2.0, 4.0, 6.0, 8.0])
+    >>> function = lambda x: Result(
+    ...     [tf.reduce_max(x)], [tf.reduce_sum(x)], 2 * x, [tf.reduce_max(x)])
+    >>> result = summed(function, parts, 2)
+    >>> float(result.samples[0]), float(result.terms[0])
+    (6.0, 10.0)
+    >>> result.outputs.numpy().tolist(), float(result.maxima[0])
+    ([2.0, 4.0, 6.0, 8.0], 4.0)
     >>> rise = lambda earlier, later: [later[0] - earlier[0]]
-    >>> (most,), *_ = summed(function, parts, 2, merge=rise)
-    >>> float(most)
+    >>> float(summed(function, parts, 2, merge=rise).samples[0])
     2.0
     """
     function = tf.function(function, autograph=False)
@@ -117,32 +133,41 @@ def summed(
         )
 
     # One trace gives the types of the loop's variables and serves its body.
-    samples, terms, outputs = function.get_concrete_function(
-        *tf.nest.map_structure(lambda x: None if x is None else x[0], parts)
-    ).structured_outputs
+    first = Result(
+        *function.get_concrete_function(
+            *tf.nest.map_structure(lambda x: None if x is None else x[0], parts)
+        ).structured_outputs
+    )
     levels = count.bit_length() if merge else 1
-    tree = [_zeros(samples) for _ in range(levels)]
+    tree = [_zeros(first.samples) for _ in range(levels)]
+    maxima = [tf.fill(x.shape, x.dtype.min) for x in _present(first.maxima)]
     arrays = [
         tf.TensorArray(x.dtype, count, element_shape=x.shape)
-        for x in _present(outputs)
+        for x in _present(first.outputs)
     ]
 
-    def add(index, tree, sums, arrays):
-        samples, terms, outputs = map(_present, call(index))
+    def add(index, tree, sums, maxima, arrays):
+        samples, terms, outputs, values = map(_present, call(index))
         if merge:
             tree = _pushed(tree, samples, index, merge)
         else:
             tree = [_added(tree[0], samples)]
+        maxima = [tf.maximum(most, x) for most, x in zip(maxima, values)]
         arrays = [array.write(index, x) for array, x in zip(arrays, outputs)]
-        return index + 1, tree, _added(sums, terms), arrays
+        return index + 1, tree, _added(sums, terms), maxima, arrays
 
-    _, tree, sums, arrays = tf.while_loop(
-        lambda index, *_: index < count, add, (0, tree, _zeros(terms), arrays)
+    _, tree, sums, maxima, arrays = tf.while_loop(
+        lambda index, *_: index < count,
+        add,
+        (0, tree, _zeros(first.terms), maxima, arrays),
     )
-    return (
-        _filled(samples, _folded(tree, count, merge) if merge else tree[0]),
-        _filled(terms, sums),
-        _filled(outputs, [array.concat() for array in arrays]),
+    return Result(
+        _filled(
+            first.samples, _folded(tree, count, merge) if merge else tree[0]
+        ),
+        _filled(first.terms, sums),
+        _filled(first.outputs, [array.concat() for array in arrays]),
+        _filled(first.maxima, maxima),
     )
 
 

@@ -16,11 +16,14 @@ these are
     _maybe_symbolic_build    builds a model from an iterator's first batch
     _symbolic_build          builds a model from a batch
     _distribute_strategy     the strategy the model was made under, or None
+    _compute_loss            calls `compute_loss` with what it takes
+    _call_has_training_arg   whether `call` takes `training`
     _loss_tracker            the metric `loss`
     _keras_mask              the mask of a tensor; compiled metrics look for it
 """
 
 import contextlib
+import warnings
 from typing import Any, Literal
 
 import keras
@@ -28,9 +31,9 @@ import tensorflow as tf
 from keras.src.models.functional import Functional
 
 from tf_adascale.distribute import updates, workers
-from tf_adascale.ops import _arguments
-from tf_adascale.optimizers import wrapper
-from tf_adascale.training import executor, microbatches
+from tf_adascale.ops import _arguments, _keras
+from tf_adascale.optimizers import checks, overwrites, wrapper
+from tf_adascale.training import executor, losses, microbatches
 
 
 class Model(keras.Model):
@@ -57,7 +60,10 @@ class Model(keras.Model):
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
+        _keras.check_backend()
         if _is_functional(args, kwargs):
+            for name, value in zip(("inputs", "outputs"), args):
+                _keras.check_version(name, keras.tree.flatten(value))
             if not isinstance(self, Functional):
                 _make_functional(type(self))
             Functional.__init__(self, *args, **kwargs)
@@ -99,18 +105,27 @@ class Model(keras.Model):
                 The batch is split in k parts. Each part is one gradient sample
                 with its own batch statistics, and the mean of their gradients
                 is applied. A loss that Keras averages over weights or masks is
-                averaged within each part.
+                averaged within each part. A compiled loss with reduction="sum"
+                is summed over the parts, as for the whole batch; a sum in a
+                `compute_loss` of your own is averaged.
 
         Raises:
-            ValueError: if `microbatches` is not an int >= 1.
+            ValueError: if `microbatches` is not an int >= 1; for objects of
+                Keras 2 and for `ParameterServerStrategy`; for micro-batches and
+                an optimizer that has a tf_adascale one inside.
         """
         _arguments.integer(
             "microbatches",
             microbatches,
             meaning="the gradient samples that each replica takes per step",
         )
-        optimizer = keras.optimizers.get(optimizer)
+        checks.check_strategy(self.distribute_strategy)
+        _keras.check_version("optimizer", [optimizer])
+        _keras.check_version("layers", keras.tree.flatten(_plain(vars(self))))
+        optimizer = wrapper.with_scale_inside(keras.optimizers.get(optimizer))
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
+        if microbatches > 1 and not is_wrapper:
+            checks.check_has_no_wrapper(optimizer, wrapper.Wrapper)
         super().compile(
             optimizer,
             loss=loss,
@@ -126,15 +141,12 @@ class Model(keras.Model):
         if is_wrapper:
             optimizer.microbatches = microbatches
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
-                optimizer.add_loss_scale()
-        self._compute = self._gradients
-        if self.jit_compile:
-            self._compute = tf.function(
-                self._gradients,
-                autograph=False,
-                jit_compile=True,
-                reduce_retracing=True,
-            )
+                optimizer.scale_inside()
+        self._summed_loss = None
+        if microbatches > 1 and not _is_overridden(self, "compute_loss"):
+            names = getattr(self, "output_names", None)
+            self._summed_loss = losses.summed(loss, loss_weights, names)
+        self._compiled_pass = None
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialized."""
@@ -197,12 +209,29 @@ class Model(keras.Model):
             parts = executor.map_present(
                 lambda v: microbatches.split(v, self.microbatches), parts
             )
-        gradients, sqnorm, loss, (y_pred, masks) = self._compute(*parts)
+        compute = self._compiled() if self.jit_compile else self._gradients
+        gradients, sqnorm, loss, (y_pred, masks) = compute(*parts)
         _put_masks(y_pred, masks)
         self._loss_tracker.update_state(loss, sample_weight=_length(x))
-        statistics = {} if sqnorm is None else {"sample_sqnorm_sum": sqnorm}
-        self.optimizer.apply(gradients, self.trainable_variables, **statistics)
+        if gradients:
+            statistics = {} if sqnorm is None else {"sample_sqnorm_sum": sqnorm}
+            self.optimizer.apply_gradients(
+                zip(gradients, self.trainable_variables), **statistics
+            )
+        else:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=2
+            )
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _compiled(self):
+        """Returns `_gradients` compiled by XLA for the present variables."""
+        compiled = self._compiled_pass
+        if compiled is None or not compiled.is_of(self.trainable_variables):
+            self._compiled_pass = compiled = _CompiledPass(
+                self._gradients, self.trainable_variables
+            )
+        return compiled.function
 
     def _gradients(self, x, y, sample_weight):
         """Runs a replica's forward and backward pass.
@@ -222,36 +251,53 @@ class Model(keras.Model):
         if count == 1:
             return self._sample(x, y, sample_weight)
 
+        variables = self.trainable_variables
+
         def sample(*part):
             gradients, sqnorm, loss, outputs = self._sample(*part)
             dense = [
                 None if g is None else tf.ensure_shape(g, v.shape)
-                for g, v in zip(gradients, self.trainable_variables)
+                for g, v in zip(gradients, variables)
             ]
-            return dense, [sqnorm, loss], outputs
+            pairs = overwrites.split(dense, variables)
+            return microbatches.Result(
+                pairs.gradients, [sqnorm, loss], outputs, pairs.new_values
+            )
 
         merge = getattr(self.optimizer, "merge_samples", None)
-        gradients, (sqnorm, loss), outputs = microbatches.summed(
+        result = microbatches.summed(
             sample, [x, y, sample_weight], count, merge=merge
         )
+        means = result.samples
         if merge is None:
-            gradients = [None if g is None else g / count for g in gradients]
-        return gradients, sqnorm, loss / count, outputs
+            means = [None if g is None else g / count for g in means]
+        gradients = overwrites.join(means, result.maxima, variables)
+        sqnorm, loss = result.terms
+        return gradients, sqnorm, loss / count, result.outputs
 
     def _sample(self, x, y, sample_weight):
         """Returns `_gradients` for one gradient sample."""
         with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight
+            takes_training = self._call_has_training_arg
+            y_pred = self(x, training=True) if takes_training else self(x)
+            loss = self._compute_loss(
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                training=True,
             )
-            scaled_loss = self.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled_loss, self.trainable_variables)
+            if self._summed_loss is not None:
+                others = self.microbatches - 1
+                loss += others * self._summed_loss(y, y_pred, sample_weight)
+            scaled_loss = loss
+            if self.optimizer is not None:
+                scaled_loss = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        gradients = tape.gradient(scaled_loss, variables)
         sqnorm = None
-        if getattr(self.optimizer, "needs_sample_sqnorms", False):
-            sqnorm = self.optimizer.sample_sqnorm(
-                gradients, self.trainable_variables
-            )
+        if variables and getattr(self.optimizer, "needs_sample_sqnorms", False):
+            sqnorm = self.optimizer.sample_sqnorm(gradients, variables)
         # Keras divided the loss by the number of replicas.
         num_replicas = self.distribute_strategy.num_replicas_in_sync
         outputs = y_pred, keras.tree.map_structure(_mask, y_pred)
@@ -262,6 +308,7 @@ class Model(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Returns the function of an iterator that takes the training steps."""
         if force or self.train_function is None:
+            self._compiled_pass = None
             self.train_function = self._executor(self.train_step)
         return self.train_function
 
@@ -306,6 +353,23 @@ class Model(keras.Model):
             )
 
 
+class _CompiledPass:
+    """A function compiled by XLA, and the variables that it was traced for.
+
+    Not a tuple, in which Keras would find the variables.
+    """
+
+    def __init__(self, function, variables):
+        self._variables = list(variables)
+        self.function = tf.function(
+            function, autograph=False, jit_compile=True, reduce_retracing=True
+        )
+
+    def is_of(self, variables):
+        """Returns whether these are the variables that it was traced for."""
+        return list(map(id, variables)) == list(map(id, self._variables))
+
+
 class FunctionalModel(Model, Functional):
     """A `Model` made from inputs and outputs."""
 
@@ -333,6 +397,16 @@ def _make_functional(cls):
     for base in cls.__bases__:
         if issubclass(base, Model) and not issubclass(base, Functional):
             _make_functional(base)
+
+
+def _is_overridden(model, method):
+    """Returns whether a model has a method of its own in place of Keras's."""
+    return getattr(type(model), method) is not getattr(keras.Model, method)
+
+
+def _plain(attributes):
+    """Returns the values of a model's attributes, without Keras's own."""
+    return [value for name, value in attributes.items() if name[0] != "_"]
 
 
 def _mask(tensor):

@@ -1,0 +1,82 @@
+"""Checks of the Keras in use: version 3, with TensorFlow as its backend."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+# The package of Keras 2. With TF_USE_LEGACY_KERAS=1 it is `tf.keras` too.
+_KERAS_2 = "tf_keras"
+
+
+def backend_error() -> str | None:
+    """Returns what is wrong with Keras's backend, or None.
+
+    Example:
+
+    >>> backend_error()
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return None
+    return (
+        "Keras's backend must be TensorFlow for tf_adascale: set "
+        "KERAS_BACKEND=tensorflow before Keras is imported. "
+        f"Received: keras.backend.backend()={backend!r}"
+    )
+
+
+def check_backend() -> None:
+    """Raises a ValueError if Keras's backend is not TensorFlow.
+
+    Example:
+
+    >>> check_backend()
+    """
+    error = backend_error()
+    if error:
+        raise ValueError(error)
+
+
+def check_version(name: str, values: Iterable[Any]) -> None:
+    """Raises a ValueError if one of several objects is of Keras 2.
+
+    Args:
+        name: str, the argument or attribute that holds them.
+        values: objects.
+
+    Example:
+
+    >>> check_version("inputs", [keras.Input((2,))])
+    """
+    for value in values:
+        if _is_keras_2(type(value)):
+            raise ValueError(
+                f"`{name}` must hold objects of Keras 3. tf_keras, which "
+                "TF_USE_LEGACY_KERAS=1 makes tf.keras too, is Keras 2: use "
+                f"`import keras` instead. Received: {name} with {value!r}"
+            )
+
+
+def note_for_version_2() -> str:
+    """Returns a sentence for those who use Keras 2, empty if it is not loaded.
+
+    Example:
+
+    >>> note_for_version_2()
+    ''
+    """
+    if _KERAS_2 not in sys.modules:
+        return ""
+    return (
+        ", which is an optimizer of Keras 3 and not of tf_keras: make the "
+        "model with `import keras`, not with the tf.keras of "
+        "TF_USE_LEGACY_KERAS=1"
+    )
+
+
+def _is_keras_2(cls):
+    return any(
+        base.__module__.split(".")[0] == _KERAS_2 for base in cls.__mro__
+    )

@@ -1,0 +1,57 @@
+"""The part of a compiled loss that is a sum over the examples.
+
+Micro-batches average their losses, which suits a mean over the examples. Keras
+sums a loss with `reduction="sum"`: of k parts it is k times the average.
+
+Relies on `CompileLoss`, which Keras does not document. Checked on Keras 3.10 to
+3.15.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.trainers.compile_utils import CompileLoss
+
+
+def summed(
+    loss: Any, loss_weights: Any, output_names: list[str] | None
+) -> Callable[..., tf.Tensor] | None:
+    """Returns the function of the losses with `reduction="sum"`, or None.
+
+    Args:
+        loss: as for `keras.Model.compile`.
+        loss_weights: likewise.
+        output_names: list of str, of a functional model.
+
+    Returns:
+        Callable of targets, predictions and sample weights that returns the
+        weighted sum of these losses, scalar; None if no loss is of this kind.
+
+    Example:
+
+    >>> loss = keras.losses.MeanAbsoluteError(reduction="sum")
+    >>> function = summed(loss, None, None)
+    >>> float(function(tf.constant([[1.0], [2.0]]), tf.zeros((2, 1)), None))
+    3.0
+    """
+    is_summed = [
+        getattr(each, "reduction", None) == "sum"
+        for each in keras.tree.flatten(loss)
+    ]
+    if not any(is_summed):
+        return None
+    # CompileLoss ignores an output whose loss is None.
+    kept = keras.tree.pack_sequence_as(
+        loss,
+        [
+            each if is_sum else None
+            for each, is_sum in zip(keras.tree.flatten(loss), is_summed)
+        ],
+    )
+    if isinstance(loss_weights, dict) and isinstance(kept, dict):
+        names = [name for name, each in kept.items() if each is not None]
+        loss_weights = {n: w for n, w in loss_weights.items() if n in names}
+    compiled = CompileLoss(kept, loss_weights, output_names=output_names)
+    return lambda y, y_pred, sample_weight: compiled(y, y_pred, sample_weight)
