@@ -93,17 +93,18 @@ def started(*words, tf_config=None, max_file_bytes=None):
 
 
 @contextlib.contextmanager
-def cluster(*words, last_max_file_bytes=None):
-    """Yields two workers, each a `Child`; the first is the chief.
+def cluster(*words, count=2, last_max_file_bytes=None):
+    """Yields workers, each a `Child`; the first is the chief.
 
     Args:
         *words: see `started`.
+        count: int, the workers.
         last_max_file_bytes: `max_file_bytes` of the worker that is not chief.
     """
     # Not at the top: a child that runs the launcher imports it itself.
     from examples import launch
 
-    addresses = [f"127.0.0.1:{port}" for port in launch.free_ports(2)]
+    addresses = [f"127.0.0.1:{port}" for port in launch.free_ports(count)]
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -116,7 +117,9 @@ def cluster(*words, last_max_file_bytes=None):
                     max_file_bytes=limit,
                 )
             )
-            for index, limit in enumerate([None, last_max_file_bytes])
+            for index, limit in enumerate(
+                [*[None] * (count - 1), last_max_file_bytes]
+            )
         ]
 
 

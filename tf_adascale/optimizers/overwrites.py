@@ -87,35 +87,39 @@ def join(
     ]
 
 
-def largest(new_values: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Returns the next values that are the largest among the replicas.
+def assignments(
+    pairs: Pairs,
+) -> tuple[list[tuple[Any, tf.Tensor]], tf.Tensor]:
+    """Returns the next values, the largest among the replicas.
 
     This takes a collective of its own. Call it in replica context.
 
     Args:
-        new_values: list of one or more floating tensors of known shapes; this
-            replica's own.
+        pairs: `Pairs` with one or more next values, floating tensors of known
+            shapes; this replica's own.
 
     Returns:
-        List of tensors; scalar bool, whether the values of all replicas are
-        finite. The same on every replica.
+        List of `(variable, value)`; scalar bool, whether the values of all
+        replicas are finite. The same on every replica.
 
     Example:
 
-    >>> [value], finite = largest([tf.constant([7.0])])
+    >>> weight = keras.Variable([1.0])
+    >>> [(_, value)], finite = assignments(
+    ...     Pairs([], [], [tf.constant([7.0])], [weight]))
     >>> value.numpy().tolist(), bool(finite)
     ([7.0], True)
     """
-    wide = any(value.dtype == tf.float64 for value in new_values)
+    wide = any(value.dtype == tf.float64 for value in pairs.new_values)
     flat = [
         tf.cast(tf.reshape(value, [-1]), tf.float64 if wide else tf.float32)
-        for value in new_values
+        for value in pairs.new_values
     ]
     everyone = collectives.gathered(tf.concat(flat, 0))
     parts = tf.split(
         tf.reduce_max(everyone, 0), [value.shape[0] for value in flat]
     )
     return [
-        tf.cast(tf.reshape(part, value.shape), value.dtype)
-        for part, value in zip(parts, new_values)
+        (variable, tf.cast(tf.reshape(part, variable.shape), variable.dtype))
+        for part, variable in zip(parts, pairs.overwritten)
     ], tf.reduce_all(tf.math.is_finite(everyone))

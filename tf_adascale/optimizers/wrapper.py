@@ -393,13 +393,10 @@ class Wrapper(keras.optimizers.Optimizer):
             step = inner_step.Step([], tf.constant(True), learning_rate=0.0)
         if not pairs.overwritten:
             return step
-        new_values, finite = overwrites.largest(pairs.new_values)
+        assignments, finite = overwrites.assignments(pairs)
         return step._replace(
             finite=step.finite & finite,
-            assignments=[
-                *step.assignments,
-                *zip(pairs.overwritten, new_values),
-            ],
+            assignments=[*step.assignments, *assignments],
         )
 
     def _take(self, variables, step):
@@ -522,7 +519,13 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Ends training as the inner optimizer does."""
-        self.inner_optimizer.finalize_variable_values(var_list)
+        innermost = self._innermost
+        if innermost.use_ema and any(map(overwrites.is_overwritten, var_list)):
+            # Keras would look for averages of overwritten variables too.
+            weights, averages = zip(*inner_step.averaged_weights(innermost))
+            updates.assign(self._distribution_strategy, weights, averages)
+        else:
+            self.inner_optimizer.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(
         self,
