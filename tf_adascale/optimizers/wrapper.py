@@ -54,9 +54,11 @@ def with_scale_inside(
     True
     """
     inner = loss_scale.unwrap(optimizer)
-    if inner is optimizer or not isinstance(inner, Wrapper):
+    if not isinstance(inner, Wrapper):
         return optimizer
-    inner.scale_inside(optimizer)
+    if inner is not optimizer:
+        inner.scale_inside(optimizer)
+    inner._is_scaled_outside = False
     return inner
 
 
@@ -208,7 +210,11 @@ class Wrapper(keras.optimizers.Optimizer):
 
     @property
     def skipped_steps(self) -> tf.Tensor:
-        """Scalar int64: steps skipped because a gradient was not finite."""
+        """Scalar int64: steps skipped because a gradient was not finite.
+
+        A `LossScaleOptimizer` around this optimizer skips steps without a call
+        of it; these are not counted.
+        """
         return tf.convert_to_tensor(self._skipped_steps)
 
     @property
@@ -283,6 +289,7 @@ class Wrapper(keras.optimizers.Optimizer):
         """Creates the slots of this optimizer and of the inner one."""
         if self.built:
             return
+        self._check_is_outermost()
         self._build_inner(variables)
         super().build(variables)
 
@@ -352,8 +359,7 @@ class Wrapper(keras.optimizers.Optimizer):
                 around this one on several replicas.
         """
         checks.check_context(self.name, [self, self._innermost])
-        if self._is_scaled_outside:
-            checks.check_is_outermost(self.name, self.num_replicas)
+        self._check_is_outermost()
         grads = list(grads)
         if not grads:
             return
@@ -377,6 +383,10 @@ class Wrapper(keras.optimizers.Optimizer):
             self._distribution_strategy, self._innermost, pairs.variables, step
         )
         self._take(pairs.variables, step)
+
+    def _check_is_outermost(self):
+        if self._is_scaled_outside:
+            checks.check_is_outermost(self.name, self.num_replicas)
 
     def _planned(self, pairs, sample_sqnorm_sum):
         """Returns the step to take, its gradients unscaled and clipped."""
@@ -451,21 +461,14 @@ class Wrapper(keras.optimizers.Optimizer):
         """
         return self._loss_scaler().scale_loss(loss)
 
-    @property
-    def loss_scale_factor(self) -> float | None:
-        """Number or None: the inner optimizer's static loss scale.
-
-        Keras sets it, on the optimizer inside, when it makes an optimizer that
-        scales the loss by itself, such as `LossScaleOptimizer`.
-        """
-        inner = vars(self).get("inner_optimizer")
-        return inner and loss_scale.unwrap(inner).loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, factor: float | None) -> None:
-        if "inner_optimizer" in vars(self):  # Not in Keras's constructor.
-            self._innermost.loss_scale_factor = factor
+    def __setattr__(self, name, value):
+        # An optimizer that scales the loss, such as `LossScaleOptimizer`, sets
+        # `loss_scale_factor` on the one that it gets inside. Keras would not
+        # call the setter of a property that already has the value.
+        if name == "loss_scale_factor" and "inner_optimizer" in vars(self):
+            self._innermost.loss_scale_factor = value
             self._is_scaled_outside = True
+        super().__setattr__(name, value)
 
     def _loss_scaler(self):
         """Returns the optimizer whose loss scale is in effect."""
@@ -490,7 +493,6 @@ class Wrapper(keras.optimizers.Optimizer):
             self.inner_optimizer = scaler
             if self.built:
                 self._build_inner(self._trainable_variables)
-        self._is_scaled_outside = False
 
     # Saving. Keras saves the inner optimizer by itself: it is an attribute.
 

@@ -36,22 +36,11 @@ def summed(
     >>> float(function(tf.constant([[1.0], [2.0]]), tf.zeros((2, 1)), None))
     3.0
     """
-    is_summed = [
-        getattr(each, "reduction", None) == "sum"
-        for each in keras.tree.flatten(loss)
-    ]
-    if not any(is_summed):
-        return None
     # CompileLoss ignores an output whose loss is None.
-    kept = keras.tree.pack_sequence_as(
-        loss,
-        [
-            each if is_sum else None
-            for each, is_sum in zip(keras.tree.flatten(loss), is_summed)
-        ],
+    kept = keras.tree.map_structure(
+        lambda x: x if getattr(x, "reduction", None) == "sum" else None, loss
     )
-    if isinstance(loss_weights, dict) and isinstance(kept, dict):
-        names = [name for name, each in kept.items() if each is not None]
-        loss_weights = {n: w for n, w in loss_weights.items() if n in names}
+    if not any(keras.tree.flatten(kept)):
+        return None
     compiled = CompileLoss(kept, loss_weights, output_names=output_names)
     return lambda y, y_pred, sample_weight: compiled(y, y_pred, sample_weight)
