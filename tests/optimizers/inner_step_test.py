@@ -1,6 +1,6 @@
 """Steps equal those of Keras's optimizers, on one device or on each.
 
-`wrapper_test.py` covers every optimizer of Keras.
+`keras_optimizers_test.py` covers every optimizer of Keras.
 """
 
 import keras
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_adascale
 from tests import harness
 from tf_adascale.distribute import updates
-from tf_adascale.optimizers import inner_step
+from tf_adascale.optimizers import inner_step, loss_scale
 
 optimizers = keras.optimizers
 
@@ -77,15 +78,60 @@ def test_devices_step_by_their_own_gradients():
             )
 
 
-@pytest.mark.parametrize(
-    "hook", ["_backend_update_step", "_apply_weight_decay"]
-)
-def test_optimizers_with_steps_of_their_own_are_refused(hook):
-    odd = type("Odd", (optimizers.SGD,), {hook: lambda self, *args: None})
-    with harness.refused(
-        f"`inner_optimizer` must not override keras.optimizers.Optimizer.{hook}"
-    ):
-        inner_step.check(odd(), name="AdaScale")
+class TestOverridesAreRefused:
+    @staticmethod
+    def rule(hook):
+        return (
+            "`inner_optimizer` must not override "
+            f"keras.optimizers.Optimizer.{hook}: AdaScale takes its step"
+        )
+
+    @pytest.mark.parametrize("hook", inner_step.REPLACED)
+    @pytest.mark.parametrize("base", [optimizers.SGD, optimizers.Nadam])
+    def test_by_name(self, hook, base):
+        if not hasattr(base, hook):
+            pytest.skip(f"Keras {keras.__version__} has no {hook}")
+        odd = base()
+        # A subclass of Keras's that overrides something else is followed.
+        inner_step.check(odd, name="AdaScale")
+        # Its properties cannot be read, so no constructor would run.
+        odd.__class__ = type("Odd", (base,), {hook: lambda self, *args: None})
+        with harness.refused(self.rule(hook), "inner_optimizer="):
+            inner_step.check(odd, name="AdaScale")
+
+    def test_of_an_instance(self):
+        odd = optimizers.SGD()
+        odd.apply = lambda grads, variables: None
+        with harness.refused(self.rule("apply"), "inner_optimizer="):
+            inner_step.check(odd, name="AdaScale")
+
+    def test_what_the_wrapper_calls_may_be_overridden(self):
+        class Halved(optimizers.SGD):
+            def update_step(self, gradient, variable, learning_rate):
+                super().update_step(gradient / 2, variable, learning_rate)
+
+            def _clip_gradients(self, grads):
+                return [4 * g for g in grads]
+
+        weight = keras.Variable([0.0])
+        tf_adascale.AdaScale(Halved(0.25), scale=1).apply(
+            [tf.ones(1)], [weight]
+        )
+        assert weight.numpy() == [-0.5]
+
+    @pytest.mark.parametrize("hook", loss_scale.REPLACED)
+    def test_of_a_loss_scale(self, hook):
+        scaled = type(
+            "Odd",
+            (optimizers.LossScaleOptimizer,),
+            {hook: lambda self, *args: None},
+        )(optimizers.SGD())
+        rule = (
+            "`inner_optimizer` must not override "
+            f"keras.optimizers.LossScaleOptimizer.{hook}"
+        )
+        with harness.refused(rule, "inner_optimizer="):
+            tf_adascale.AdaScale(scaled)
 
 
 def test_averages_without_use_ema_do_nothing():

@@ -78,30 +78,6 @@ class TestAtScale1IsTheInnerOptimizer:
     def test_for_weights_of_other_types(self, dtype):
         self.check(lambda: SGD(0.1, momentum=0.9, use_ema=True), dtype)
 
-    @pytest.mark.parametrize(
-        "name",
-        [
-            *("Adadelta", "Adafactor", "Adagrad", "Adamax", "Ftrl", "Lion"),
-            *("Nadam", "ScheduleFreeAdamW"),
-        ],
-    )
-    def test_or_the_optimizer_is_refused(self, name):
-        """Each Keras optimizer is either reproduced in full or refused."""
-        make = getattr(keras.optimizers, name, None)
-        if make is None:
-            pytest.skip(f"Keras {keras.__version__} has no {name}")
-        try:
-            wrapped = AdaScale(make(0.01))
-        except ValueError as error:
-            assert "must not override" in str(error)  # noqa: PT017
-            return
-        plain = make(0.01)
-        harness.assert_same(trained(wrapped), trained(plain))
-        for x, y in zip(
-            wrapped.inner_optimizer.variables, plain.variables, strict=True
-        ):
-            assert np.array_equal(harness.first(x), harness.first(y))
-
     def test_in_fit_of_a_stock_model(self):
         """A script trains the same with the wrapper and without it."""
         models = []
