@@ -22,6 +22,24 @@ def test_import_without_tensorflow_says_what_to_install():
     )
 
 
+def test_another_backend_is_refused_and_warned_of_at_import():
+    # Only TensorFlow is installed.
+    process = run(
+        "import keras; keras.backend.backend = lambda: 'jax';"
+        "import tf_adascale;"
+        "print('imported', flush=True);"
+        "tf_adascale.AdaScale(keras.optimizers.SGD())"
+    )
+    rule = (
+        "`keras.backend.backend()` must be 'tensorflow' for tf_adascale: set "
+        "KERAS_BACKEND=tensorflow before Keras is imported. Received: "
+        "keras.backend.backend()='jax'"
+    )
+    assert process.stdout.strip() == "imported"
+    assert f"UserWarning: {rule}" in process.stderr
+    assert process.stderr.rstrip().endswith(f"ValueError: {rule}")
+
+
 def test_import_does_not_initialise_devices():
     """The user can still choose devices afterwards."""
     process = run(

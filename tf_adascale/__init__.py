@@ -35,6 +35,8 @@ __all__ = [
 for _name in ("distribute", "optimizers", "training", "version"):
     globals().pop(_name, None)
 
-# An error would take the forecast too, which works without training.
-if _keras.backend_error():
-    _warnings.warn(_keras.backend_error(), stacklevel=2)
+# An error would take the forecast too, which needs no backend.
+try:
+    _keras.check_backend()
+except ValueError as _error:
+    _warnings.warn(str(_error), stacklevel=2)

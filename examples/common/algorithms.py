@@ -179,6 +179,6 @@ class LearningRateLog(keras.callbacks.Callback):
 
     def _add(self, logs):
         if logs is not None:
-            logs["learning_rate"] = float(
+            logs["effective_learning_rate"] = float(
                 keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
             )

@@ -36,8 +36,11 @@ def make(strategy, *, replicas=None, tpu=None, cluster="tf_config"):
 
     Raises:
         ValueError: if the strategy or the cluster is unknown, the number of
-            replicas differs, or no cluster is configured.
+            replicas differs, no cluster is configured, or TF_CONFIG names other
+            workers and the strategy is for one.
     """
+    if strategy in ("default", "mirrored"):
+        _check_is_alone(strategy)
     if strategy == "default":
         made = tf.distribute.get_strategy()
     elif strategy == "mirrored":
@@ -100,6 +103,22 @@ def split_scale(*, replicas, scale=None, microbatches=None):
 def is_chief(strategy):
     """Returns whether this process writes logs and checkpoints."""
     return strategy.extended.should_checkpoint
+
+
+def _check_is_alone(strategy):
+    """Refuses to train several copies that overwrite one another's files."""
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    try:
+        jobs = resolver.cluster_spec().as_dict()
+    except ValueError:  # TF_CONFIG is not JSON.
+        return
+    workers = sum(len(jobs.get(job, ())) for job in ("chief", "worker"))
+    if workers > 1:
+        raise ValueError(
+            '`strategy` must be "multiworker" where TF_CONFIG names several '
+            "workers: under any other, each trains a copy of its own. "
+            f"Received: strategy={strategy!r}, workers={workers}"
+        )
 
 
 def _resolver(cluster):

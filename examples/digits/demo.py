@@ -59,7 +59,8 @@ def picture(results, path):
     last = adascale.steps[-1]
     for run in results:
         shown = [step for step in run.steps if step <= last] or run.steps[:1]
-        figures.draw(rates, run, shown, run.log["learning_rate"][: len(shown)])
+        rate = run.log["effective_learning_rate"][: len(shown)]
+        figures.draw(rates, run, shown, rate)
     rates.set(
         title=f"Effective learning rate, first {last} iterations",
         xlabel="iteration",

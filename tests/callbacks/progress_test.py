@@ -160,6 +160,51 @@ class TestScalingLog:
         for name, value in expected.items():
             assert history[name] == pytest.approx([value], rel=1e-6)
 
+    @pytest.mark.parametrize("place", range(3))
+    def test_its_place_in_the_list_does_not_matter(self, place, tmp_path):
+        seen = []
+
+        class Log(ScalingLog):
+            """A subclass that has a method of its own."""
+
+            def set_model(self, model):
+                super().set_model(model)
+
+        callbacks = [
+            keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: seen.append(set(logs))
+            ),
+            keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+        ]
+        callbacks.insert(place, Log())
+        given = list(callbacks)
+        model = linear_model(0.125)
+        harness.fit(model, batches(BETWEEN, 3), callbacks=callbacks)
+        with (tmp_path / "log.csv").open() as file:
+            [row] = csv.DictReader(file)
+        assert set(NAMES) <= set(row)
+        assert float(row["gain"]) == pytest.approx(1.2)
+        assert all(set(NAMES) <= names for names in seen)
+        assert callbacks == given
+
+    def test_in_a_list_of_keras_and_alone(self):
+        model = linear_model(0.125)
+        log, other = ScalingLog(), keras.callbacks.Callback()
+        both = keras.callbacks.CallbackList([other, log], model=model)
+        assert both.callbacks == [log, other]
+        log.set_model(model)
+        assert log.model is model
+
+    def test_the_rate_has_a_name_that_no_other_callback_writes(self):
+        model = linear_model(0.125)
+        reduce = keras.callbacks.ReduceLROnPlateau("loss", patience=99)
+        history = harness.fit(
+            model, batches(BETWEEN, 3), callbacks=[ScalingLog(), reduce]
+        ).history
+        # The gain is 6/5.
+        assert history["effective_learning_rate"] == [pytest.approx(0.15)]
+        assert history["learning_rate"] == [0.125]
+
     def test_the_learning_rate_follows_the_schedule(self):
         model = linear_model(SCHEDULE)
         history = harness.fit(

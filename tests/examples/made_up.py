@@ -24,6 +24,6 @@ def train(benchmark, model_dir, *arguments):
         "gain": [3.0, 3.0, 3.0, 3.0],
         "scale": [4.0, 4.0, 4.0, 4.0],
         "loss": [2.0, 1.0, 0.5, 0.25],
-        "learning_rate": [0.4, 0.3, 0.2, 0.1],
+        "effective_learning_rate": [0.4, 0.3, 0.2, 0.1],
     }
     return runs.Run(result, log)

@@ -83,6 +83,20 @@ def test_optimizers_made_outside_the_scope(made, inner_made, used):
         )
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [
+        tf.distribute.ParameterServerStrategy,
+        tf.compat.v1.distribute.experimental.ParameterServerStrategy,
+    ],
+)
+def test_strategies_that_do_not_step_together(cls):
+    strategy = cls.__new__(cls)  # Its constructor connects to a cluster.
+    rule = "`strategy` must be synchronous: under ParameterServerStrategy"
+    with harness.refused(rule, "strategy=<tensorflow"):
+        checks.check_strategy(strategy)
+
+
 def test_cross_replica_context():
     with harness.strategy_of(2).scope():
         optimizers = [SGD()]

@@ -1,8 +1,7 @@
 """Every optimizer of `keras.optimizers`: followed to the bit, or refused.
 
-The table in docs/inner_optimizers.md is generated here:
-
-    python -m tests.optimizers.keras_optimizers_test
+The table in docs/inner_optimizers.md is generated here. If it differs, the
+failed test shows it.
 """
 
 import inspect
@@ -73,7 +72,7 @@ def table():
     keras.version() < "3.15", reason="The table is that of Keras 3.15."
 )
 def test_the_table_is_in_the_documentation():
-    assert table() in sources.text(PAGE)
+    assert table() in sources.text(PAGE), f"{PAGE} needs\n\n{table()}"
 
 
 FOLLOWED = [name for name in NAMES if name != "MultiOptimizer"]
@@ -176,7 +175,3 @@ def test_multi_optimizer_is_refused_by_name(wrap):
     with harness.refused(rule, "inner_optimizer=<keras") as raised:
         wrap(make("MultiOptimizer"))
     assert "MultiOptimizer" in str(raised.value)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -431,19 +431,20 @@ class TestApplyGradients:
             AdaScale(self.centralized())
 
 
+ORDERS = {
+    "outside": lambda: LossScaleOptimizer(AdaScale(sgd())),
+    "inside": lambda: AdaScale(LossScaleOptimizer(sgd())),
+    "both": lambda: LossScaleOptimizer(AdaScale(LossScaleOptimizer(sgd()))),
+    "none": lambda: AdaScale(sgd()),
+    "static": lambda: AdaScale(sgd(loss_scale_factor=64.0)),
+    "static_inside": lambda: LossScaleOptimizer(
+        AdaScale(sgd(loss_scale_factor=64.0))
+    ),
+}
+
+
 class TestLossScaleInAnyOrder:
     """The gradients are divided by the loss scale once, whoever scales."""
-
-    ORDERS = {
-        "outside": lambda: LossScaleOptimizer(AdaScale(sgd())),
-        "inside": lambda: AdaScale(LossScaleOptimizer(sgd())),
-        "both": lambda: LossScaleOptimizer(AdaScale(LossScaleOptimizer(sgd()))),
-        "none": lambda: AdaScale(sgd()),
-        "static": lambda: AdaScale(sgd(loss_scale_factor=64.0)),
-        "static_inside": lambda: LossScaleOptimizer(
-            AdaScale(sgd(loss_scale_factor=64.0))
-        ),
-    }
 
     @staticmethod
     def wrapper_of(model):
@@ -458,7 +459,7 @@ class TestLossScaleInAnyOrder:
         # The values of float16 are exact here: sums of few small products.
         model = compiled(
             lambda: harness.dense_model(model_class),
-            self.ORDERS[order],
+            ORDERS[order],
             "mse",
             **arguments,
         )
@@ -526,7 +527,7 @@ class TestLossScaleInAnyOrder:
 
     def test_callbacks_find_the_gain_inside(self):
         model = harness.dense_model(keras.Model)
-        model.compile(self.ORDERS["outside"](), "mse")
+        model.compile(ORDERS["outside"](), "mse")
         x, y = harness.regression(32)
         history = harness.fit(
             model,

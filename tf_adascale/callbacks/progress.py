@@ -109,11 +109,10 @@ class ScalingLog(keras.callbacks.Callback):
         # Only the list's method that calls this one knows the list.
         frame = inspect.currentframe()
         while frame is not None:
-            caller = frame.f_locals.get("self")
+            caller: Any = frame.f_locals.get("self")
             if isinstance(caller, keras.callbacks.CallbackList):
-                if self in caller.callbacks:
-                    caller.callbacks.remove(self)
-                    caller.callbacks.insert(0, self)
+                others = [each for each in caller.callbacks if each is not self]
+                caller.callbacks[:] = [self, *others]
                 return
             frame = frame.f_back if caller is self else None
 

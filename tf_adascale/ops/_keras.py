@@ -10,23 +10,6 @@ import keras
 _KERAS_2 = "tf_keras"
 
 
-def backend_error() -> str | None:
-    """Returns what is wrong with Keras's backend, or None.
-
-    Example:
-
-    >>> backend_error()
-    """
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        return None
-    return (
-        "Keras's backend must be TensorFlow for tf_adascale: set "
-        "KERAS_BACKEND=tensorflow before Keras is imported. "
-        f"Received: keras.backend.backend()={backend!r}"
-    )
-
-
 def check_backend() -> None:
     """Raises a ValueError if Keras's backend is not TensorFlow.
 
@@ -34,9 +17,13 @@ def check_backend() -> None:
 
     >>> check_backend()
     """
-    error = backend_error()
-    if error:
-        raise ValueError(error)
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ValueError(
+            "`keras.backend.backend()` must be 'tensorflow' for tf_adascale: "
+            "set KERAS_BACKEND=tensorflow before Keras is imported. Received: "
+            f"keras.backend.backend()={backend!r}"
+        )
 
 
 def check_version(name: str, values: Iterable[Any]) -> None:

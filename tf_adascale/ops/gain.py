@@ -365,13 +365,9 @@ def ratio(moments: Moments, *, scale: float, epsilon: float = 0.0) -> tf.Tensor:
     numerator = tf.maximum(variance + sqnorm, 0.0) + epsilon
     denominator = tf.maximum(variance / scale + sqnorm, 0.0) + epsilon
     one = tf.ones_like(numerator)
-    # Nothing is divided by zero, because tf.debugging.enable_check_numerics
-    # looks at every result. Where only the denominator is zero, the gain is the
-    # largest.
-    is_zero = denominator <= 0
-    gain = tf.where(is_zero, max(1.0, scale) * one, numerator) / tf.where(
-        is_zero, one, denominator
-    )
+    is_zero = denominator <= 0  # Numerics checks would see the division.
+    gain = tf.where(is_zero, max(1.0, scale) * one, numerator)
+    gain /= tf.where(is_zero, one, denominator)
     # If every sample is zero, the gain is undefined: 1.
     gain = tf.where(numerator > VARIANCE_FLOOR, gain, one)
     return tf.clip_by_value(gain, min(1.0, scale), max(1.0, scale))

@@ -1,6 +1,5 @@
 """AdaScale: the learning rate adapted, every step, to the batch size."""
 
-import warnings
 from typing import Any, Literal
 
 import keras
@@ -10,6 +9,7 @@ from tf_adascale.distribute import collectives
 from tf_adascale.ops import _arguments, norms
 from tf_adascale.ops import gain as gain_ops
 from tf_adascale.optimizers import (
+    advice,
     checks,
     estimators,
     inner_step,
@@ -18,17 +18,6 @@ from tf_adascale.optimizers import (
     preconditioner,
     wrapper,
 )
-
-# Keras's optimizers that divide by a size of the gradients, or take its sign.
-_ADAPTIVE = [
-    getattr(keras.optimizers, name)
-    for name in (
-        *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax"),
-        *("Ftrl", "Lamb", "Lion", "Muon", "Nadam", "RMSprop"),
-        "ScheduleFreeAdamW",
-    )
-    if hasattr(keras.optimizers, name)
-]
 
 
 @keras.saving.register_keras_serializable(package="tf_adascale")
@@ -131,7 +120,7 @@ class AdaScale(wrapper.Wrapper):
             preconditioner.check(loss_scale.unwrap(inner_optimizer))
         super().__init__(inner_optimizer, name=name, **kwargs)
         if power == 1 and scale != 1:
-            _warn_if_adaptive(loss_scale.unwrap(inner_optimizer))
+            advice.warn_of_power(loss_scale.unwrap(inner_optimizer))
         self.estimator = estimator
         self.power = power
         self.preconditioned = preconditioned
@@ -296,8 +285,13 @@ class AdaScale(wrapper.Wrapper):
 
         Warns once of a gain that stays 1.
         """
-        if self._scale is None and self.num_samples == 1:
-            self._warn_of_one_sample()
+        if (
+            self._scale is None
+            and self.num_samples == 1
+            and not self._has_warned
+        ):
+            self._has_warned = True
+            advice.warn_of_one_sample(self.name)
         if self.scale != 1 and self.num_samples < self._estimator.least_samples:
             raise ValueError(
                 "`microbatches` must be >= 2 on one replica at a scale other "
@@ -318,19 +312,6 @@ class AdaScale(wrapper.Wrapper):
                 "micro-batches per step: the sum of `sample_sqnorm` over them, "
                 "as tf_adascale.Model passes it. Received: "
                 f"microbatches={self.microbatches}, sample_sqnorm_sum=None"
-            )
-
-    def _warn_of_one_sample(self):
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"`{self.name}` gets one gradient sample per step, so its gain "
-                "stays 1 and it trains like its inner optimizer. If the batch "
-                "is larger than the one that the learning rate was tuned for, "
-                "pass `microbatches` to tf_adascale.Model.compile, one for "
-                "each base batch in a replica's batch, or train on several "
-                "replicas. If it is not, pass scale=1 to omit this warning.",
-                stacklevel=2,
             )
 
     # For users to read.
@@ -418,18 +399,6 @@ def _sqnorm(gradients, divisors):
     """Returns a squared norm in the gain's units, scalar float32."""
     gradients = preconditioner.precondition(gradients, divisors)
     return tf.cast(norms.squared_norm(gradients), tf.float32)
-
-
-def _warn_if_adaptive(optimizer):
-    """Warns of a power that does not suit an adaptive optimizer."""
-    if type(optimizer) in _ADAPTIVE:
-        warnings.warn(
-            "`power` is 1, which suits SGD. The steps of "
-            f"{type(optimizer).__name__} hardly depend on the size of the "
-            "gradient: use tf_adascale.AdamScale for Adam and its relatives, "
-            "or pass power=0.5.",
-            stacklevel=3,
-        )
 
 
 def _checked_scale(scale):

@@ -80,9 +80,9 @@ def join(
     >>> join([2.0], [], [tf.Variable(1.0)])
     [2.0]
     """
-    gradients, new_values = iter(gradients), iter(new_values)
+    of_loss, others = iter(gradients), iter(new_values)
     return [
-        next(new_values if is_overwritten(variable) else gradients)
+        next(others if is_overwritten(variable) else of_loss)
         for variable in variables
     ]
 

@@ -7,62 +7,32 @@ is that of Keras's own `LossScaleOptimizer`.
 Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
 these are
 
-    _learning_rate                   the rate as given: variable, schedule or
-                                     callable
-    _iterations                      the variable behind `iterations`
-    _variables                       an optimizer's own variables
-    _trainable_variables             the variables an optimizer was built on
-    _get_variable_index              a variable's place among them
-    _check_variables_are_known       raises for any other variable
-    _distribution_strategy           the strategy an optimizer was made under
-    _filter_empty_gradients          warns of variables without a gradient
-    _clip_gradients                  clipnorm, clipvalue and global_clipnorm
-    _model_variables_moving_average  the slots of `use_ema`
+    _iterations                 the variable behind `iterations`
+    _trainable_variables        the variables an optimizer was built on
+    _get_variable_index         a variable's place among them
+    _check_variables_are_known  raises for any other variable
+    _distribution_strategy      the strategy an optimizer was made under
+    _filter_empty_gradients     warns of variables without a gradient
+    _clip_gradients             clipnorm, clipvalue and global_clipnorm
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_adascale.distribute import updates
-from tf_adascale.ops import _keras
 from tf_adascale.optimizers import (
     checks,
+    delegate,
     inner_step,
     loss_scale,
     overwrites,
-    saved_state,
 )
 
 
-def with_scale_inside(
-    optimizer: keras.optimizers.Optimizer,
-) -> keras.optimizers.Optimizer:
-    """Returns an optimizer whose loss scale, if any, is inside the wrapper.
-
-    Args:
-        optimizer: Keras optimizer, possibly a `LossScaleOptimizer` around a
-            wrapper, which then changes places with it.
-
-    Example:
-
-    >>> sgd = keras.optimizers.SGD()
-    >>> with_scale_inside(sgd) is sgd
-    True
-    """
-    inner = loss_scale.unwrap(optimizer)
-    if not isinstance(inner, Wrapper):
-        return optimizer
-    if inner is not optimizer:
-        inner.scale_inside(optimizer)
-    inner._is_scaled_outside = False
-    return inner
-
-
-class Wrapper(keras.optimizers.Optimizer):
+class Wrapper(delegate.Delegate):
     """Abstract optimizer: plans a step that an inner optimizer then takes.
 
     A subclass implements
@@ -108,20 +78,8 @@ class Wrapper(keras.optimizers.Optimizer):
         name: str,
         **kwargs: Any,
     ):
-        checks.check_inner_optimizer(
-            inner_optimizer, kwargs, wrapper=type(self).__name__
-        )
-        innermost = loss_scale.unwrap(inner_optimizer)
-        effective_rate = inner_step.Rate(lambda: self.effective_learning_rate)
-        super().__init__(learning_rate=effective_rate, name=name)
-        self.inner_optimizer = inner_optimizer
+        super().__init__(inner_optimizer, name=name, **kwargs)
         self.microbatches = 1
-        # Whether an optimizer around this one scales the loss.
-        self._is_scaled_outside = False
-        # The user's rate stays where it is saved, among the inner optimizer's
-        # variables. __setattr__ would track it here as well.
-        object.__setattr__(self, "_learning_rate", innermost._learning_rate)
-        innermost._learning_rate = effective_rate
         self._skipped_steps = self._add_scalar("skipped_steps", "int64")
 
     # The interface of a subclass.
@@ -144,11 +102,6 @@ class Wrapper(keras.optimizers.Optimizer):
                 this replica's samples, each divided and multiplied likewise.
             loss_scale: scalar, to be divided out, or None for 1.
         """
-        raise NotImplementedError
-
-    @property
-    def effective_learning_rate(self) -> tf.Tensor:
-        """Scalar: the learning rate at the present progress."""
         raise NotImplementedError
 
     def check_step(self, sample_sqnorm_sum: tf.Tensor | None) -> None:
@@ -183,25 +136,6 @@ class Wrapper(keras.optimizers.Optimizer):
 
     # For a subclass to read.
 
-    @property
-    def num_replicas(self) -> int:
-        """Int: replicas in sync, N."""
-        return self._distribution_strategy.num_replicas_in_sync
-
-    def base_learning_rate(self, step: keras.Variable) -> tf.Tensor:
-        """Returns the user's learning rate at a step of the base batch.
-
-        Args:
-            step: variable, because Keras passes one to a schedule, and its
-                arithmetic differs from that of a tensor.
-        """
-        rate = self._learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = rate(step)
-        elif not isinstance(rate, keras.Variable):
-            rate = rate()
-        return tf.convert_to_tensor(rate)
-
     def slot_indices(self, variables: list[Any]) -> list[int]:
         """Returns the place of each variable in a list of slots."""
         return [self._get_variable_index(variable) for variable in variables]
@@ -217,96 +151,7 @@ class Wrapper(keras.optimizers.Optimizer):
         """
         return tf.convert_to_tensor(self._skipped_steps)
 
-    @property
-    def learning_rate(self) -> keras.Variable | tf.Tensor:
-        """The effective rate of a schedule, or the variable of the base rate.
-
-        A rate given as a number is a variable, as in Keras, and reads as it was
-        set, at the base batch size. `keras.callbacks.ReduceLROnPlateau` and
-        `LearningRateScheduler` set a multiple of what they read, and would
-        otherwise include the gain.
-        """
-        if isinstance(self._learning_rate, keras.Variable):
-            return self._learning_rate
-        return self.effective_learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
-
-    @property
-    def iterations(self) -> keras.Variable:
-        """The inner optimizer's count of steps taken, without skipped ones."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def variables(self) -> list[Any]:
-        """List: this optimizer's own variables, then the inner one's."""
-        return self._variables + self.inner_optimizer.variables
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets all variables, those of the inner optimizer too.
-
-        Args:
-            weights: list of arrays, the values of `variables`.
-
-        Raises:
-            ValueError: if the optimizer is not built, or the arrays do not
-                match `variables`.
-        """
-        if not self.built:
-            super().set_weights(weights)  # Raises.
-        expected = [tuple(variable.shape) for variable in self.variables]
-        received = [tuple(weight.shape) for weight in weights]
-        if expected != received:
-            raise ValueError(
-                "`weights` must hold an array of its shape for each of "
-                f"`variables`, which have the shapes {expected}. Received: "
-                f"arrays of the shapes {received}"
-            )
-        for variable, weight in zip(self.variables, weights):
-            variable.assign(weight)
-
-    def __repr__(self):
-        parameters = inspect.signature(type(self)).parameters.values()
-        settings = [
-            f"{parameter.name}={getattr(self, parameter.name)!r}"
-            for parameter in parameters
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
-        inner = type(self._innermost).__name__
-        if loss_scale.is_dynamic(self.inner_optimizer):
-            inner = f"{type(self.inner_optimizer).__name__}({inner})"
-        return f"{type(self).__name__}({', '.join([inner, *settings])})"
-
-    def __str__(self):
-        # Keras 2 refuses it with an error that ends in this.
-        return repr(self) + _keras.note_for_version_2()
-
-    # The Keras optimizer.
-
-    def build(self, variables: list[Any]) -> None:
-        """Creates the slots of this optimizer and of the inner one."""
-        if self.built:
-            return
-        self._check_is_outermost()
-        self._build_inner(variables)
-        super().build(variables)
-
-    def _build_inner(self, variables):
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        if self._innermost.use_ema:
-            # keras.callbacks.SwapEMAWeights looks no deeper than this.
-            object.__setattr__(
-                self.inner_optimizer,
-                "_model_variables_moving_average",
-                self._innermost._model_variables_moving_average,
-            )
-
-    @property
-    def _innermost(self):
-        return loss_scale.unwrap(self.inner_optimizer)
+    # The step.
 
     def apply_gradients(
         self,
@@ -384,10 +229,6 @@ class Wrapper(keras.optimizers.Optimizer):
         )
         self._take(pairs.variables, step)
 
-    def _check_is_outermost(self):
-        if self._is_scaled_outside:
-            checks.check_is_outermost(self.name, self.num_replicas)
-
     def _planned(self, pairs, sample_sqnorm_sum):
         """Returns the step to take, its gradients unscaled and clipped."""
         if pairs.gradients:
@@ -451,113 +292,3 @@ class Wrapper(keras.optimizers.Optimizer):
             otherwise=skip,
             other_values=([value for _, value in skipped],),
         )
-
-    # Loss scale.
-
-    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        """Returns the loss multiplied by the inner optimizer's loss scale.
-
-        Unchanged if an optimizer around this one scales the loss.
-        """
-        return self._loss_scaler().scale_loss(loss)
-
-    def __setattr__(self, name, value):
-        # An optimizer that scales the loss, such as `LossScaleOptimizer`, sets
-        # `loss_scale_factor` on the one that it gets inside. Keras would not
-        # call the setter of a property that already has the value.
-        if name == "loss_scale_factor" and "inner_optimizer" in vars(self):
-            self._innermost.loss_scale_factor = value
-            self._is_scaled_outside = True
-        super().__setattr__(name, value)
-
-    def _loss_scaler(self):
-        """Returns the optimizer whose loss scale is in effect."""
-        # Not a property: Keras saves what an attribute holds.
-        if self._is_scaled_outside:
-            return self._innermost
-        return self.inner_optimizer
-
-    def scale_inside(
-        self, scaler: keras.optimizers.LossScaleOptimizer | None = None
-    ) -> None:
-        """Puts a `LossScaleOptimizer` around the inner one if it is none.
-
-        Args:
-            scaler: `LossScaleOptimizer` around this optimizer, which moves
-                inside; None for a new one.
-        """
-        if not loss_scale.is_dynamic(self.inner_optimizer):
-            if scaler is None:
-                scaler = keras.optimizers.LossScaleOptimizer(self._innermost)
-            scaler.inner_optimizer = self._innermost
-            self.inner_optimizer = scaler
-            if self.built:
-                self._build_inner(self._trainable_variables)
-
-    # Saving. Keras saves the inner optimizer by itself: it is an attribute.
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves this optimizer's own variables, and all other shapes."""
-        saved_state.save(store, self._variables, self._other_variables)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Loads what `save_own_variables` saved.
-
-        If the saved model had no optimizer, Keras warns.
-
-        Raises:
-            ValueError: if it is the state of another optimizer or model.
-        """
-        if not list(store.keys()):  # Keras's stores have no iterator.
-            super().load_own_variables(store)
-            return
-        saved_state.load(
-            store, self._variables, self._other_variables, name=self.name
-        )
-
-    @property
-    def _other_variables(self):
-        return self.inner_optimizer.variables + self._trainable_variables
-
-    def finalize_variable_values(self, var_list: list[Any]) -> None:
-        """Ends training as the inner optimizer does."""
-        innermost = self._innermost
-        if innermost.use_ema and any(map(overwrites.is_overwritten, var_list)):
-            # Keras would look for averages of overwritten variables too.
-            weights, averages = zip(*inner_step.averaged_weights(innermost))
-            updates.assign(self._distribution_strategy, weights, averages)
-        else:
-            self.inner_optimizer.finalize_variable_values(var_list)
-
-    def exclude_from_weight_decay(
-        self,
-        var_list: list[Any] | None = None,
-        var_names: list[str] | None = None,
-    ) -> None:
-        """Excludes variables from the inner optimizer's weight decay."""
-        self._innermost.exclude_from_weight_decay(
-            var_list=var_list, var_names=var_names
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the configuration, with the rate that the user gave."""
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
-        config = inner["config"]
-        if loss_scale.is_dynamic(self.inner_optimizer):
-            config = config["inner_optimizer"]["config"]
-        config["learning_rate"] = super().get_config()["learning_rate"]
-        return {"inner_optimizer": inner, "name": self.name}
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict | None = None
-    ) -> "Wrapper":
-        """Creates an optimizer from what `get_config` returned."""
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
-        )
-        return cls(inner, **config)
-
-    def _add_scalar(self, name, dtype):
-        return self.add_variable((), "zeros", dtype=dtype, name=name)

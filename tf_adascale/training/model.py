@@ -32,7 +32,7 @@ from keras.src.models.functional import Functional
 
 from tf_adascale.distribute import updates, workers
 from tf_adascale.ops import _arguments, _keras
-from tf_adascale.optimizers import checks, overwrites, wrapper
+from tf_adascale.optimizers import checks, delegate, overwrites, wrapper
 from tf_adascale.training import executor, losses, microbatches
 
 
@@ -62,8 +62,9 @@ class Model(keras.Model):
     def __init__(self, *args: Any, **kwargs: Any):
         _keras.check_backend()
         if _is_functional(args, kwargs):
-            for name, value in zip(("inputs", "outputs"), args):
-                _keras.check_version(name, keras.tree.flatten(value))
+            given = {**dict(zip(("inputs", "outputs"), args)), **kwargs}
+            for name in ("inputs", "outputs"):
+                _keras.check_version(name, keras.tree.flatten(given[name]))
             if not isinstance(self, Functional):
                 _make_functional(type(self))
             Functional.__init__(self, *args, **kwargs)
@@ -122,7 +123,7 @@ class Model(keras.Model):
         checks.check_strategy(self.distribute_strategy)
         _keras.check_version("optimizer", [optimizer])
         _keras.check_version("layers", keras.tree.flatten(_plain(vars(self))))
-        optimizer = wrapper.with_scale_inside(keras.optimizers.get(optimizer))
+        optimizer = delegate.with_scale_inside(keras.optimizers.get(optimizer))
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
         if microbatches > 1 and not is_wrapper:
             checks.check_has_no_wrapper(optimizer, wrapper.Wrapper)
@@ -290,14 +291,13 @@ class Model(keras.Model):
             if self._summed_loss is not None:
                 others = self.microbatches - 1
                 loss += others * self._summed_loss(y, y_pred, sample_weight)
-            scaled_loss = loss
-            if self.optimizer is not None:
-                scaled_loss = self.optimizer.scale_loss(loss)
+            optimizer: Any = self.optimizer
+            scaled_loss = optimizer.scale_loss(loss) if optimizer else loss
         variables = self.trainable_variables
         gradients = tape.gradient(scaled_loss, variables)
         sqnorm = None
-        if variables and getattr(self.optimizer, "needs_sample_sqnorms", False):
-            sqnorm = self.optimizer.sample_sqnorm(gradients, variables)
+        if variables and getattr(optimizer, "needs_sample_sqnorms", False):
+            sqnorm = optimizer.sample_sqnorm(gradients, variables)
         # Keras divided the loss by the number of replicas.
         num_replicas = self.distribute_strategy.num_replicas_in_sync
         outputs = y_pred, keras.tree.map_structure(_mask, y_pred)

@@ -1,5 +1,6 @@
 """Strategies, clusters, and the scale that replicas and micro-batches make."""
 
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,25 @@ class TestMake:
             "replicas=2, strategy='default'",
         ):
             strategies.make("default", replicas=2)
+
+    @pytest.mark.parametrize("strategy", ["default", "mirrored"])
+    def test_workers_that_would_not_train_together(self, monkeypatch, strategy):
+        cluster = {"worker": ["n1:8888", "n2:8888"]}
+        task = {"type": "worker", "index": 0}
+        config = json.dumps({"cluster": cluster, "task": task})
+        monkeypatch.setenv("TF_CONFIG", config)
+        with harness.refused(
+            '`strategy` must be "multiworker" where TF_CONFIG names several',
+            f"strategy='{strategy}', workers=2",
+        ):
+            strategies.make(strategy, replicas=1)
+
+    @pytest.mark.parametrize(
+        "config", ["", "{}", "no", '{"cluster": {"worker": ["n1:8888"]}}']
+    )
+    def test_a_worker_that_is_alone(self, monkeypatch, config):
+        monkeypatch.setenv("TF_CONFIG", config)
+        assert strategies.make("default").num_replicas_in_sync == 1
 
     def test_unknown_strategy_is_refused(self):
         with harness.refused("`strategy` must be one of", "strategy='many'"):

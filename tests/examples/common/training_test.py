@@ -118,7 +118,8 @@ class TestRun:
             assert training.Result(**json.load(file)) == result
         log = rows(tmp_path)
         assert len(log) == result.iterations
-        assert {"loss", "accuracy", "learning_rate"} <= set(log[0])
+        names = {"loss", "accuracy", "effective_learning_rate"}
+        assert names <= set(log[0])
         if iterations is None:
             assert {"gain", "scale_invariant_step"} <= set(log[0])
         assert os.listdir(tmp_path / "tensorboard" / "train")

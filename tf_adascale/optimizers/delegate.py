@@ -1,0 +1,336 @@
+"""A Keras optimizer that stands for another one.
+
+It shows the inner optimizer's variables, learning rate and settings as its own,
+and is saved with it. The step is that of `wrapper.Wrapper`.
+
+Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
+these are
+
+    _learning_rate                   the rate as given: variable, schedule or
+                                     callable
+    _variables                       an optimizer's own variables
+    _trainable_variables             the variables an optimizer was built on
+    _distribution_strategy           the strategy an optimizer was made under
+    _model_variables_moving_average  the slots of `use_ema`
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_adascale.distribute import updates
+from tf_adascale.ops import _keras
+from tf_adascale.optimizers import (
+    checks,
+    inner_step,
+    loss_scale,
+    overwrites,
+    saved_state,
+)
+
+
+class Delegate(keras.optimizers.Optimizer):
+    """Abstract optimizer that has all but its step from an inner one.
+
+    A subclass implements `effective_learning_rate`. A keyword argument of its
+    constructor is an attribute of the same name.
+
+    Args:
+        inner_optimizer: `keras.optimizers.Optimizer`, possibly a
+            `keras.optimizers.LossScaleOptimizer`. From now on its learning rate
+            is the effective one.
+        name: string.
+        **kwargs: refused; they belong to `inner_optimizer`.
+
+    Attributes:
+        inner_optimizer: the argument.
+
+    Raises:
+        ValueError: if `inner_optimizer` cannot be wrapped or `kwargs` are
+            given.
+    """
+
+    inner_optimizer: keras.optimizers.Optimizer
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        *,
+        name: str,
+        **kwargs: Any,
+    ):
+        checks.check_inner_optimizer(
+            inner_optimizer, kwargs, wrapper=type(self).__name__
+        )
+        innermost = loss_scale.unwrap(inner_optimizer)
+        effective_rate = inner_step.Rate(lambda: self.effective_learning_rate)
+        super().__init__(learning_rate=effective_rate, name=name)
+        self.inner_optimizer = inner_optimizer
+        # Whether an optimizer around this one scales the loss.
+        self._is_scaled_outside = False
+        # The user's rate stays where it is saved, among the inner optimizer's
+        # variables. __setattr__ would track it here as well.
+        object.__setattr__(self, "_learning_rate", innermost._learning_rate)
+        innermost._learning_rate = effective_rate
+
+    # The learning rate.
+
+    @property
+    def effective_learning_rate(self) -> tf.Tensor:
+        """Scalar: the learning rate at the present progress."""
+        raise NotImplementedError
+
+    def base_learning_rate(self, step: keras.Variable) -> tf.Tensor:
+        """Returns the user's learning rate at a step of the base batch.
+
+        Args:
+            step: variable, because Keras passes one to a schedule, and its
+                arithmetic differs from that of a tensor.
+        """
+        rate = self._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            rate = rate(step)
+        elif not isinstance(rate, keras.Variable):
+            rate = rate()
+        return tf.convert_to_tensor(rate)
+
+    @property
+    def learning_rate(self) -> keras.Variable | tf.Tensor:
+        """The effective rate of a schedule, or the variable of the base rate.
+
+        A rate given as a number is a variable, as in Keras, and reads as it was
+        set, at the base batch size. `keras.callbacks.ReduceLROnPlateau` and
+        `LearningRateScheduler` set a multiple of what they read, and would
+        otherwise include the gain.
+        """
+        if isinstance(self._learning_rate, keras.Variable):
+            return self._learning_rate
+        return self.effective_learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+
+    # Variables.
+
+    def build(self, variables: list[Any]) -> None:
+        """Creates the slots of this optimizer and of the inner one."""
+        if self.built:
+            return
+        self._check_is_outermost()
+        self._build_inner(variables)
+        super().build(variables)
+
+    def _build_inner(self, variables):
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        if self._innermost.use_ema:
+            # keras.callbacks.SwapEMAWeights looks no deeper than this.
+            object.__setattr__(
+                self.inner_optimizer,
+                "_model_variables_moving_average",
+                self._innermost._model_variables_moving_average,
+            )
+
+    @property
+    def _innermost(self):
+        return loss_scale.unwrap(self.inner_optimizer)
+
+    @property
+    def num_replicas(self) -> int:
+        """Int: replicas in sync, N."""
+        return self._distribution_strategy.num_replicas_in_sync
+
+    @property
+    def iterations(self) -> keras.Variable:
+        """The inner optimizer's count of steps taken, without skipped ones."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def variables(self) -> list[Any]:
+        """List: this optimizer's own variables, then the inner one's."""
+        return self._variables + self.inner_optimizer.variables
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all variables, those of the inner optimizer too.
+
+        Args:
+            weights: list of arrays, the values of `variables`.
+
+        Raises:
+            ValueError: if the optimizer is not built, or the arrays do not
+                match `variables`.
+        """
+        if not self.built:
+            super().set_weights(weights)  # Raises.
+        expected = [tuple(variable.shape) for variable in self.variables]
+        received = [tuple(weight.shape) for weight in weights]
+        if expected != received:
+            raise ValueError(
+                "`weights` must hold an array of its shape for each of "
+                f"`variables`, which have the shapes {expected}. Received: "
+                f"arrays of the shapes {received}"
+            )
+        for variable, weight in zip(self.variables, weights):
+            variable.assign(weight)
+
+    def _add_scalar(self, name, dtype):
+        return self.add_variable((), "zeros", dtype=dtype, name=name)
+
+    # The loss scale.
+
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
+        """Returns the loss multiplied by the inner optimizer's loss scale.
+
+        Unchanged if an optimizer around this one scales the loss.
+        """
+        return self._loss_scaler().scale_loss(loss)
+
+    def __setattr__(self, name, value):
+        # An optimizer that scales the loss, such as `LossScaleOptimizer`, sets
+        # `loss_scale_factor` on the one that it gets inside. Keras would not
+        # call the setter of a property that already has the value.
+        if name == "loss_scale_factor" and "inner_optimizer" in vars(self):
+            self._innermost.loss_scale_factor = value
+            self._is_scaled_outside = True
+        super().__setattr__(name, value)
+
+    def _loss_scaler(self):
+        """Returns the optimizer whose loss scale is in effect."""
+        # Not a property: Keras saves what an attribute holds.
+        if self._is_scaled_outside:
+            return self._innermost
+        return self.inner_optimizer
+
+    def scale_inside(
+        self, scaler: keras.optimizers.LossScaleOptimizer | None = None
+    ) -> None:
+        """Puts a `LossScaleOptimizer` around the inner one if it is none.
+
+        Args:
+            scaler: `LossScaleOptimizer` around this optimizer, which moves
+                inside; None for a new one.
+        """
+        if loss_scale.is_dynamic(self.inner_optimizer):
+            return
+        new: Any = scaler or keras.optimizers.LossScaleOptimizer(
+            self._innermost
+        )
+        new.inner_optimizer = self._innermost
+        self.inner_optimizer = new
+        if self.built:
+            self._build_inner(self._trainable_variables)
+
+    def _check_is_outermost(self):
+        if self._is_scaled_outside:
+            checks.check_is_outermost(self.name, self.num_replicas)
+
+    # The end of training, and settings of the inner optimizer.
+
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Ends training as the inner optimizer does."""
+        innermost = self._innermost
+        if innermost.use_ema and any(map(overwrites.is_overwritten, var_list)):
+            # Keras would look for averages of overwritten variables too.
+            weights, averages = zip(*inner_step.averaged_weights(innermost))
+            updates.assign(self._distribution_strategy, weights, averages)
+        else:
+            self.inner_optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(
+        self,
+        var_list: list[Any] | None = None,
+        var_names: list[str] | None = None,
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay."""
+        self._innermost.exclude_from_weight_decay(
+            var_list=var_list, var_names=var_names
+        )
+
+    def __repr__(self):
+        parameters = inspect.signature(type(self)).parameters.values()
+        settings = [
+            f"{parameter.name}={getattr(self, parameter.name)!r}"
+            for parameter in parameters
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        inner = type(self._innermost).__name__
+        if loss_scale.is_dynamic(self.inner_optimizer):
+            inner = f"{type(self.inner_optimizer).__name__}({inner})"
+        return f"{type(self).__name__}({', '.join([inner, *settings])})"
+
+    def __str__(self):
+        # Keras 2 refuses it with an error that ends in this.
+        return repr(self) + _keras.note_for_version_2()
+
+    # Saving. Keras saves the inner optimizer by itself: it is an attribute.
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves this optimizer's own variables, and all other shapes."""
+        saved_state.save(store, self._variables, self._other_variables)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads what `save_own_variables` saved.
+
+        If the saved model had no optimizer, Keras warns.
+
+        Raises:
+            ValueError: if it is the state of another optimizer or model.
+        """
+        if not list(store.keys()):  # Keras's stores have no iterator.
+            super().load_own_variables(store)
+            return
+        saved_state.load(
+            store, self._variables, self._other_variables, name=self.name
+        )
+
+    @property
+    def _other_variables(self):
+        return self.inner_optimizer.variables + self._trainable_variables
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the configuration, with the rate that the user gave."""
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        config = inner["config"]
+        if loss_scale.is_dynamic(self.inner_optimizer):
+            config = config["inner_optimizer"]["config"]
+        config["learning_rate"] = super().get_config()["learning_rate"]
+        return {"inner_optimizer": inner, "name": self.name}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict | None = None
+    ) -> "Delegate":
+        """Creates an optimizer from what `get_config` returned."""
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)
+
+
+def with_scale_inside(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.Optimizer:
+    """Returns an optimizer whose loss scale, if any, is inside the wrapper.
+
+    Args:
+        optimizer: Keras optimizer, possibly a `LossScaleOptimizer` around a
+            `Delegate`, which then changes places with it.
+
+    Example:
+
+    >>> sgd = keras.optimizers.SGD()
+    >>> with_scale_inside(sgd) is sgd
+    True
+    """
+    inner = loss_scale.unwrap(optimizer)
+    if not isinstance(inner, Delegate):
+        return optimizer
+    if inner is not optimizer:
+        inner.scale_inside(optimizer)
+    inner._is_scaled_outside = False
+    return inner
