@@ -55,6 +55,7 @@ class Pair:
                 marked(keras.Variable(5.0, name="maximum", dtype="float16")),
             ]
             self.optimizers = [wrap(inner(wrap)) for _ in range(2)]
+        self.run = tf.function(self._run, autograph=False)
 
     def step(self, gradients, new_values):
         """Takes a step of each optimizer, in a graph.
@@ -63,32 +64,30 @@ class Pair:
             gradients: list of arrays, a row for each replica.
             new_values: likewise, for `overwritten`.
         """
+        self.run(*([*map(tf.constant, x)] for x in (gradients, new_values)))
 
-        @tf.function
-        def run():
-            def replica():
-                context = tf.distribute.get_replica_context()
-                index = context.replica_id_in_sync_group
-                own, values = (
-                    [tf.constant(x)[index] for x in arrays]
-                    for arrays in (gradients, new_values)
-                )
-                first, second = self.optimizers
-                own = [first.scale_loss(g) / self.count for g in own]
-                first.apply(own, self.weights[0])
-                # In between and in front, where places could be confused.
-                second.apply_gradients(
-                    [
-                        (values[0], self.overwritten[0]),
-                        (own[0], self.weights[1][0]),
-                        (values[1], self.overwritten[1]),
-                        (own[1], self.weights[1][1]),
-                    ]
-                )
+    def _run(self, gradients, new_values):
+        def replica():
+            context = tf.distribute.get_replica_context()
+            index = context.replica_id_in_sync_group
+            own, values = (
+                [x[index] for x in tensors]
+                for tensors in (gradients, new_values)
+            )
+            first, second = self.optimizers
+            own = [first.scale_loss(g) / self.count for g in own]
+            first.apply(own, self.weights[0])
+            # In between and in front, where places could be confused.
+            second.apply_gradients(
+                [
+                    (values[0], self.overwritten[0]),
+                    (own[0], self.weights[1][0]),
+                    (values[1], self.overwritten[1]),
+                    (own[1], self.weights[1][1]),
+                ]
+            )
 
-            self.strategy.run(replica)
-
-        run()
+        self.strategy.run(replica)
 
 
 def steps(num_replicas, count=4):

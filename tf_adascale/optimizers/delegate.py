@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_adascale.distribute import updates
@@ -167,7 +168,7 @@ class Delegate(keras.optimizers.Optimizer):
         if not self.built:
             super().set_weights(weights)  # Raises.
         expected = [tuple(variable.shape) for variable in self.variables]
-        received = [tuple(weight.shape) for weight in weights]
+        received = [np.shape(weight) for weight in weights]
         if expected != received:
             raise ValueError(
                 "`weights` must hold an array of its shape for each of "
@@ -194,8 +195,9 @@ class Delegate(keras.optimizers.Optimizer):
         # `loss_scale_factor` on the one that it gets inside. Keras would not
         # call the setter of a property that already has the value.
         if name == "loss_scale_factor" and "inner_optimizer" in vars(self):
+            is_dynamic = loss_scale.is_dynamic(self.inner_optimizer)
+            self._is_scaled_outside = value is None or is_dynamic
             self._innermost.loss_scale_factor = value
-            self._is_scaled_outside = True
         super().__setattr__(name, value)
 
     def _loss_scaler(self):

@@ -153,6 +153,7 @@ class Wrapper(delegate.Delegate):
 
     # The step.
 
+    @tf.autograph.experimental.do_not_convert
     def apply_gradients(
         self,
         grads_and_vars: Iterable[tuple[Any, Any]],
