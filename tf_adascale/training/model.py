@@ -122,7 +122,7 @@ class Model(keras.Model):
         )
         checks.check_strategy(self.distribute_strategy)
         _keras.check_version("optimizer", [optimizer])
-        _keras.check_version("layers", keras.tree.flatten(_plain(vars(self))))
+        _keras.check_version("layers", _held(self))
         optimizer = delegate.with_scale_inside(keras.optimizers.get(optimizer))
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
         if microbatches > 1 and not is_wrapper:
@@ -292,7 +292,9 @@ class Model(keras.Model):
                 others = self.microbatches - 1
                 loss += others * self._summed_loss(y, y_pred, sample_weight)
             optimizer: Any = self.optimizer
-            scaled_loss = optimizer.scale_loss(loss) if optimizer else loss
+            scaled_loss = loss
+            if optimizer is not None:
+                scaled_loss = optimizer.scale_loss(loss)
         variables = self.trainable_variables
         gradients = tape.gradient(scaled_loss, variables)
         sqnorm = None
@@ -404,9 +406,10 @@ def _is_overridden(model, method):
     return getattr(type(model), method) is not getattr(keras.Model, method)
 
 
-def _plain(attributes):
-    """Returns the values of a model's attributes, without Keras's own."""
-    return [value for name, value in attributes.items() if name[0] != "_"]
+def _held(model):
+    """Yields what a model's attributes, and lists in them, hold."""
+    for value in list(vars(model).values()):
+        yield from value if isinstance(value, list | tuple) else [value]
 
 
 def _mask(tensor):
