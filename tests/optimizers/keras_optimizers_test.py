@@ -76,6 +76,8 @@ def test_the_table_is_in_the_documentation():
 
 
 FOLLOWED = [name for name in NAMES if name != "MultiOptimizer"]
+if keras.version() < "3.15":
+    FOLLOWED.remove("Muon")  # It looks for the path of a TensorFlow variable.
 
 # Settings that all of Keras's optimizers take.
 SETTINGS = {
@@ -132,7 +134,9 @@ def test_one_sample_is_the_optimizer_to_the_bit(name, settings, wrap):
         np.testing.assert_array_equal(harness.first(x), harness.first(y))
 
 
-@pytest.mark.skipif("Muon" not in NAMES, reason="Keras 3.10 has no Muon.")
+@pytest.mark.skipif(
+    keras.version() < "3.15", reason="On TensorFlow, Keras 3.10's Muon fails."
+)
 class TestMuon:
     """It decays weights by one of two numbers, and steps them in two ways."""
 

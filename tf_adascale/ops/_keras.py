@@ -46,6 +46,18 @@ def check_version(name: str, values: Iterable[Any]) -> None:
             )
 
 
+def check_layers(model: keras.Model) -> None:
+    """Raises a ValueError if an attribute of a model is a layer of Keras 2.
+
+    Example:
+
+    >>> check_layers(keras.Sequential())
+    """
+    for value in list(vars(model).values()):
+        held = value if isinstance(value, list | tuple) else [value]
+        check_version("layers", held)
+
+
 def note_for_version_2() -> str:
     """Returns a sentence for those who use Keras 2, empty if it is not loaded.
 

@@ -49,7 +49,7 @@ REPLACED = (
 
 # Overrides that `update` knows.
 _NADAM = keras.optimizers.Nadam
-_MUON = getattr(keras.optimizers, "Muon", ())  # Keras 3.10 has none.
+_MUON = getattr(keras.optimizers, "Muon", ())
 _KNOWN = (
     (_NADAM, "_backend_update_step"),
     (_MUON, "_apply_weight_decay"),
@@ -362,7 +362,8 @@ def constrain(strategy: tf.distribute.Strategy, variable: Any) -> None:
 
 def _weight_decay(optimizer, variable):
     """Returns the weight decay of a variable, or None."""
-    if _MUON and isinstance(optimizer, _MUON):
+    # Keras 3.10's Muon decays weights as any optimizer does.
+    if hasattr(optimizer, "adam_weight_decay") and isinstance(optimizer, _MUON):
         # Muon looks at a variable's path, which only Keras's variables have.
         if not optimizer._use_weight_decay(variable):
             return None

@@ -122,7 +122,7 @@ class Model(keras.Model):
         )
         checks.check_strategy(self.distribute_strategy)
         _keras.check_version("optimizer", [optimizer])
-        _keras.check_version("layers", _held(self))
+        _keras.check_layers(self)
         optimizer = delegate.with_scale_inside(keras.optimizers.get(optimizer))
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
         if microbatches > 1 and not is_wrapper:
@@ -298,7 +298,8 @@ class Model(keras.Model):
         variables = self.trainable_variables
         gradients = tape.gradient(scaled_loss, variables)
         sqnorm = None
-        if variables and getattr(optimizer, "needs_sample_sqnorms", False):
+        is_wrapper = isinstance(optimizer, wrapper.Wrapper)
+        if variables and is_wrapper and optimizer.needs_sample_sqnorms:
             sqnorm = optimizer.sample_sqnorm(gradients, variables)
         # Keras divided the loss by the number of replicas.
         num_replicas = self.distribute_strategy.num_replicas_in_sync
@@ -404,12 +405,6 @@ def _make_functional(cls):
 def _is_overridden(model, method):
     """Returns whether a model has a method of its own in place of Keras's."""
     return getattr(type(model), method) is not getattr(keras.Model, method)
-
-
-def _held(model):
-    """Yields what a model's attributes, and lists in them, hold."""
-    for value in list(vars(model).values()):
-        yield from value if isinstance(value, list | tuple) else [value]
 
 
 def _mask(tensor):
