@@ -61,9 +61,10 @@ def test_adasum(name):
         *FEW,
         *MANY,
         len(MANY) * cores**2,  # Inner products.
-        # A sum gathers these: the other cores add zeros.
-        cores * sum(MANY),
-        cores * len(FEW) * 32,  # Rows, padded with zeros.
+        # A sum gathers these: the other cores add zeros. A core's index goes
+        # with its part.
+        cores * (sum(MANY) + 1),
+        cores * (len(FEW) * 32 + 1),  # Rows, padded with zeros.
     ]
     if name != "Adasum of gradients":
         expected.append(1)  # Whether all updates are finite.
