@@ -564,6 +564,17 @@ class TestLossScaleInAnyOrder:
         with harness.refused(rule, "replicas=2"):
             self.fitted(keras.Model, order, num_replicas=2)
 
+    def test_a_stock_model_is_saved_with_it(self, tmp_path):
+        model, _ = self.fitted(keras.Model, "outside")
+        path = tmp_path / "model.keras"
+        model.save(path)
+        loaded = keras.models.load_model(path)
+        harness.assert_same(model.optimizer, loaded.optimizer)
+        x, y = harness.regression(16)
+        for each in (model, loaded):
+            harness.fit(each, x, y, batch_size=BATCH)
+        assert_same_weights(model, loaded, atol=0)
+
     def test_callbacks_find_the_gain_inside(self):
         model = harness.dense_model(keras.Model)
         model.compile(ORDERS["outside"](), "mse")

@@ -122,6 +122,7 @@ class Delegate(keras.optimizers.Optimizer):
         if self.built:
             return
         self._check_is_outermost()
+        variables = list(variables)  # Keras's LossScaleOptimizer has a tuple.
         self._build_inner(variables)
         super().build(variables)
 
