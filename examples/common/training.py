@@ -444,6 +444,7 @@ def _claim(settings, task, interval, *, write):
         "elastic": settings.elastic,
         "total_steps": settings.total_steps,
         "iterations": settings.iterations,
+        "smoothing": settings.smoothing,
         "seed": settings.seed,
         "steps_per_row": interval,
         "schedule": task.schedule(settings.total_steps).get_config(),

@@ -328,10 +328,14 @@ class TestRefused:
         if missing != "compile":
             model.compile("sgd", "mse")
         with harness.refused(
-            "`model` must be built and compiled",
-            f"model.built={missing != 'model'}, model.optimizer=",
-        ):
+            "`model` must be built and compiled", "model=<"
+        ) as raised:
             Checkpoint(tmp_path / "run", model=model)
+        assert f"built={missing != 'model'}, " in str(raised.value)
+        with harness.refused(
+            "`model` must be built and compiled", "model=3, built=False"
+        ):
+            Checkpoint(tmp_path / "run", model=3)
         assert not (tmp_path / "run").exists()
 
     def test_what_only_all_workers_can_read(self, tmp_path, monkeypatch):

@@ -193,11 +193,12 @@ class Checkpoint(keras.callbacks.Callback):
 def _saved(model):
     """Returns a model's part of the arguments of `Checkpoints`."""
     optimizer = getattr(model, "optimizer", None)
-    if not model.built or not getattr(optimizer, "built", False):
+    is_built = isinstance(model, keras.Model) and model.built
+    if not is_built or not getattr(optimizer, "built", False):
         raise ValueError(
             "`model` must be built and compiled, and its optimizer must be "
             "built. Call `model.optimizer.build(model.trainable_variables)` "
-            f"first. Received: model.built={model.built}, "
+            f"first. Received: model={model!r}, built={is_built}, "
             f"model.optimizer={optimizer!r}"
         )
     saved = {

@@ -203,12 +203,16 @@ class TestRun:
         model_dir = tmp_path / "out" / "one_layer" / "adascale-S2-seed0"
         assert len(rows(model_dir)) == result.iterations
 
-    def test_directory_of_another_run_is_refused(self, whole):
+    @pytest.mark.parametrize(
+        "changed, had",
+        [({"seed": 1}, "'seed': 0"), ({"smoothing": 0.5}, "'smoothing': None")],
+    )
+    def test_directory_of_another_run_is_refused(self, whole, changed, had):
         model_dir, _ = whole(**ADASCALE)
         before = rows(model_dir)
         with harness.refused("`model_dir` must be new", "{") as error:
-            run(model_dir, **ADASCALE, seed=1)
-        assert "'seed': 0" in str(error.value)
+            run(model_dir, **ADASCALE, **changed)
+        assert had in str(error.value)
         assert rows(model_dir) == before
 
     @pytest.mark.parametrize(
