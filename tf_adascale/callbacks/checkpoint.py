@@ -99,6 +99,7 @@ class Checkpoint(keras.callbacks.Callback):
     ):
         super().__init__()
         self.directory = os.fspath(directory)
+        saved = _saved(model)
         self._strategy = model.distribute_strategy
         self._counts = {
             name: tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -106,7 +107,7 @@ class Checkpoint(keras.callbacks.Callback):
         }
         self._checkpoints = checkpoint_files.Checkpoints(
             self.directory,
-            **_saved(model),
+            **saved,
             **self._counts,
             **variables,
         )
