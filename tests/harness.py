@@ -16,10 +16,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_adascale
+
 NUM_DEVICES = 8  # Logical CPUs, see conftest.py.
 
 # A kernel and a bias.
 SHAPES = ((3, 2), (2,))
+
+WRAPPERS = {
+    "adascale": tf_adascale.AdaScale,
+    "differenced": functools.partial(
+        tf_adascale.AdaScale, estimator="differenced"
+    ),
+    "adamscale": tf_adascale.AdamScale,
+    "adasum_updates": tf_adascale.Adasum,
+    "adasum_gradients": functools.partial(
+        tf_adascale.Adasum, combine="gradients"
+    ),
+}
 
 MODES = {"eager": lambda function: function, "function": tf.function}
 

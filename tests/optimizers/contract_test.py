@@ -4,7 +4,6 @@ One suite runs on all of them, around Adam, which all can wrap. Its epsilon is
 large, so that a first step is not merely the sign of the gradient.
 """
 
-import functools
 import json
 
 import keras
@@ -18,14 +17,9 @@ from tf_adascale import AdamScale, AdaScale, Adasum
 LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 schedules = keras.optimizers.schedules
 
-WRAPPERS = {
-    "adascale": AdaScale,
-    "differenced": functools.partial(AdaScale, estimator="differenced"),
-    "adamscale": AdamScale,
-    "adasum_updates": Adasum,
-    "adasum_gradients": functools.partial(Adasum, combine="gradients"),
-}
-every = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+every = pytest.mark.parametrize(
+    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
+)
 
 # Keras's warning, which wrappers issue too.
 NO_GRADIENT = pytest.mark.filterwarnings("ignore:Gradients do not exist for")

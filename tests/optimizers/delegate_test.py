@@ -143,6 +143,14 @@ class TestGradients:
         np.testing.assert_array_equal(ours.numpy(), plain.numpy())
 
     @every
+    def test_whole_numbers_are_unscaled_as_fractions(self, wrap):
+        plain, ours = (keras.Variable([0.0]) for _ in range(2))
+        for weight, make in ((plain, lambda x: x), (ours, wrap)):
+            optimizer = make(SGD(1.0, loss_scale_factor=2.0))
+            optimizer.apply([np.array([3])], [weight])
+        assert ours.numpy() == plain.numpy() == [-1.5]
+
+    @every
     def test_none_at_all_do_nothing(self, wrap):
         optimizer = wrap(SGD(1.0))
         optimizer.apply([], [])

@@ -43,7 +43,8 @@ def is_accepted(wrap, name):
     try:
         wrap(make(name))
     except ValueError as error:
-        assert "`inner_optimizer` must" in str(error)  # noqa: PT017
+        if "`inner_optimizer` must" not in str(error):
+            raise
         return False
     return True
 
@@ -119,12 +120,17 @@ def trained(optimizer, *, steps=6):
 
 
 @pytest.mark.parametrize("wrap", [AdaScale, Adasum])
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        (name, settings)
+        for name in FOLLOWED
+        for settings in SETTINGS
+        if name != "LossScaleOptimizer" or settings == "default"
+    ],
+)
 def test_one_sample_is_the_optimizer_to_the_bit(name, settings, wrap):
     settings = SETTINGS[settings]
-    if settings and name == "LossScaleOptimizer":
-        pytest.skip("It takes none.")
     plain, wrapped = make(name, **settings), wrap(make(name, **settings))
     theirs = trained(plain)
     harness.assert_same(trained(wrapped), theirs)

@@ -1,7 +1,6 @@
 """Variables that their gradients overwrite, beside ordinary weights."""
 
 import collections
-import functools
 
 import keras
 import numpy as np
@@ -9,19 +8,11 @@ import pytest
 import tensorflow as tf
 
 from tests import harness
-from tf_adascale import AdamScale, AdaScale, Adasum
+from tf_adascale import AdamScale, AdaScale
 from tf_adascale.distribute import collectives
 from tf_adascale.optimizers import overwrites
 
 SGD = keras.optimizers.SGD
-
-WRAPPERS = {
-    "adascale": AdaScale,
-    "differenced": functools.partial(AdaScale, estimator="differenced"),
-    "adamscale": AdamScale,
-    "adasum_updates": Adasum,
-    "adasum_gradients": functools.partial(Adasum, combine="gradients"),
-}
 
 
 def inner(wrap):
@@ -102,7 +93,9 @@ def steps(num_replicas, count=4):
         )
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
+)
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_weights_and_gain_are_as_without_them(num_replicas, wrap):
     pair = Pair(num_replicas, wrap)
@@ -136,6 +129,13 @@ def test_a_value_that_is_not_finite_skips_the_step(spoilt):
     with harness.untouched(*pair.overwritten, *pair.weights[1]):
         pair.step(gradients, new_values)
     assert int(pair.optimizers[1].skipped_steps) == 1
+
+
+def test_a_sample_has_the_norm_that_it_has_without_them():
+    scale, weight = marked(keras.Variable([5.0])), keras.Variable([0.0, 0.0])
+    gradients = [tf.constant([7.0]), tf.constant([3.0, 4.0])]
+    optimizer = AdaScale(SGD(0.1))
+    assert float(optimizer.sample_sqnorm(gradients, [scale, weight])) == 25.0
 
 
 def test_no_second_collective_where_there_are_none(monkeypatch):

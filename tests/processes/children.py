@@ -123,6 +123,13 @@ def cluster(*words, count=2, last_max_file_bytes=None):
         ]
 
 
+def results(processes):
+    """Returns the JSON object in the last line of each child that succeeds."""
+    for child in processes:
+        assert child.finish() == 0, child.errors()
+    return [json.loads(child.output().splitlines()[-1]) for child in processes]
+
+
 def _run(words, files, tf_config, max_file_bytes):
     """Runs a module or a script in a child."""
     for number, file in enumerate(files, start=1):

@@ -1,7 +1,6 @@
 """`fit` under MultiWorkerMirroredStrategy, in two processes."""
 
 import importlib
-import json
 import types
 
 import numpy as np
@@ -21,12 +20,7 @@ def workers(tmp_path_factory):
 
     def make(_):
         with children.cluster(multiworker_worker.__file__) as processes:
-            for child in processes:
-                assert child.finish() == 0, child.errors()
-            return [
-                json.loads(child.output().splitlines()[-1])
-                for child in processes
-            ]
+            return children.results(processes)
 
     return children.once(tmp_path_factory, "workers", make)[1]
 

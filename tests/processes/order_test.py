@@ -3,8 +3,6 @@
 TensorFlow sorts the names of tasks as strings: 0, 1, 10, 11, 2, and so on.
 """
 
-import json
-
 import numpy as np
 import pytest
 
@@ -21,12 +19,7 @@ def workers(tmp_path_factory):
         with children.cluster(
             order_worker.__file__, count=order_worker.COUNT
         ) as processes:
-            for child in processes:
-                assert child.finish() == 0, child.errors()
-            return [
-                json.loads(child.output().splitlines()[-1])
-                for child in processes
-            ]
+            return children.results(processes)
 
     return children.once(tmp_path_factory, "ordered_workers", make)[1]
 

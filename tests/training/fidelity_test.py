@@ -183,6 +183,29 @@ class TestComputeLoss:
         assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-5)
         assert ours["val_loss"] == pytest.approx(stock["val_loss"], rel=1e-5)
 
+    def test_dropout_in_a_call_that_takes_no_training(self):
+        """Keras then trains as if it were not training."""
+
+        def plain(model_class):
+            class Plain(model_class):
+                def __init__(self):
+                    super().__init__()
+                    self.dropout = keras.layers.Dropout(0.5, seed=1)
+                    self.dense = keras.layers.Dense(1)
+
+                def call(self, x):
+                    return self.dense(self.dropout(x))
+
+            return Plain
+
+        models = []
+        for model_class in (keras.Model, Model):
+            keras.utils.set_random_seed(0)
+            model = compiled(plain(model_class), at_scale_1, "mse")
+            harness.fit(model, *harness.regression(16), batch_size=BATCH)
+            models.append(model)
+        assert_same_weights(*models)
+
     def test_a_call_that_takes_no_training(self):
         class Plain(Model):
             def __init__(self):
@@ -349,6 +372,20 @@ class TestTrainFunctionMadeAgain:
                     not model.get_layer("a").trainable,
                     not model.get_layer("b").trainable,
                 ]
+        assert_same_weights(*models, atol=1e-5)
+
+    def test_in_another_method_of_the_same_batch(
+        self, jit_compile, microbatches
+    ):
+        """Keras traces `train_on_batch` apart from `fit`."""
+        x, y = harness.regression(8, width=4)
+        models = self.pair(jit_compile, microbatches)
+        for model in models:
+            harness.fit(model, x, y, batch_size=8)
+            before = model.get_weights()[0].copy()
+            self.freeze(model, a=False)
+            model.train_on_batch(x, y)
+            np.testing.assert_array_equal(model.get_weights()[0], before)
         assert_same_weights(*models, atol=1e-5)
 
     def test_with_a_batch_of_another_size(self, jit_compile, microbatches):
@@ -545,6 +582,24 @@ class TestLossScaleInAnyOrder:
         assert int(model.optimizer.skipped_steps) == 1
         assert all(np.isfinite(w).all() for w in weights(model))
 
+    @pytest.mark.parametrize("built", [False, True])
+    def test_is_refused_before_and_after_build_on_several(self, built):
+        """`build` refuses first, unless it was called before."""
+        strategy = harness.strategy_of(2)
+        rule = "`adascale` must not be inside another optimizer on several"
+        with strategy.scope():
+            weights = harness.variables(harness.twos())
+            optimizer = AdaScale(sgd())
+            if built:
+                optimizer.build(weights)
+            LossScaleOptimizer(optimizer)
+            if not built:
+                with harness.refused(rule, "replicas=2"):
+                    optimizer.build(weights)
+        ones = [tf.ones(shape) for shape in harness.SHAPES]
+        with harness.refused(rule, "replicas=2"):
+            strategy.run(lambda: optimizer.apply(ones, weights))
+
     def test_the_settings_of_the_one_outside_are_kept(self):
         scaler = LossScaleOptimizer(
             AdaScale(sgd()), initial_scale=8.0, dynamic_growth_steps=2
@@ -606,7 +661,7 @@ class TestLossScaleInAnyOrder:
 
 
 class TestNothingTrainable:
-    """Keras warns and goes on: metrics are computed, statistics move."""
+    """Keras warns and continues: metrics are computed, statistics move."""
 
     @pytest.mark.parametrize(
         "num_replicas, jit_compile, microbatches",

@@ -176,6 +176,11 @@ class TestConstruction:
 
 
 class TestCompile:
+    def test_a_strategy_that_does_not_step_together(self, monkeypatch):
+        monkeypatch.setattr(workers, "is_synchronous", lambda strategy: False)
+        with harness.refused("`strategy` must be synchronous", "strategy=<"):
+            dense_model().compile("sgd", "mse")
+
     def test_has_the_arguments_of_keras_and_microbatches(self):
         ours, stock = (
             list(inspect.signature(cls.compile).parameters)

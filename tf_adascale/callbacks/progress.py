@@ -12,14 +12,14 @@ from tf_adascale.ops import _arguments
 from tf_adascale.ops import gain as gain_ops
 from tf_adascale.optimizers import adascale
 
-# Name in the logs of each value, and the optimizer's attribute.
-_LOGGED = {
-    "gain": "gain",
-    "scale_invariant_step": "scale_invariant_step",
-    "effective_learning_rate": "effective_learning_rate",
-    "gradient_variance": "gradient_variance",
-    "gradient_sqnorm": "gradient_sqnorm",
-}
+# Attributes of the optimizer, and their names in the logs.
+_LOGGED = (
+    "gain",
+    "scale_invariant_step",
+    "effective_learning_rate",
+    "gradient_variance",
+    "gradient_sqnorm",
+)
 
 
 class StopAtScaleInvariantStep(keras.callbacks.Callback):
@@ -123,7 +123,7 @@ class ScalingLog(keras.callbacks.Callback):
         self._values = tf.function(
             lambda: [
                 tf.cast(getattr(optimizer, attribute), tf.float64)
-                for attribute in _LOGGED.values()
+                for attribute in _LOGGED
             ],
             autograph=False,
         )
@@ -145,10 +145,8 @@ class ScalingLog(keras.callbacks.Callback):
             return
         values = dict(zip(_LOGGED, (x.numpy() for x in self._values())))
         moments = gain_ops.Moments(
-            *map(
-                np.float32,
-                (values["gradient_variance"], values["gradient_sqnorm"]),
-            )
+            np.float32(values["gradient_variance"]),
+            np.float32(values["gradient_sqnorm"]),
         )
         with np.errstate(divide="ignore", invalid="ignore"):
             values["noise_scale"] = gain_ops.noise_scale(moments)

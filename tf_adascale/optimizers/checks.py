@@ -150,8 +150,9 @@ def check_has_no_wrapper(optimizer: Any, wrapper: type) -> None:
 def check_is_outermost(name: str, num_replicas: int) -> None:
     """Raises a ValueError if an optimizer in another one cannot step.
 
-    Keras's `LossScaleOptimizer` steps inside a condition, where no collective
-    can run, and lets the first replica decide whether gradients are finite.
+    Keras's `LossScaleOptimizer` steps inside a condition that one replica's
+    gradients decide. The others' overflows would leave its scale as it is, and
+    several workers could wait for one another.
 
     Args:
         name: str, the wrapper's name.

@@ -1,7 +1,8 @@
 """A Keras optimizer that stands for another one.
 
-It shows the inner optimizer's variables, learning rate and settings as its own,
-and is saved with it. The step is that of `wrapper.Wrapper`.
+It shows the inner optimizer's variables and learning rate as its own, and is
+saved with it. Other settings are read and made on the inner optimizer. The step
+is that of `wrapper.Wrapper`.
 
 Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
 these are
@@ -34,7 +35,7 @@ from tf_adascale.optimizers import (
 
 
 class Delegate(keras.optimizers.Optimizer):
-    """Abstract optimizer that has all but its step from an inner one.
+    """Abstract optimizer that has its variables and rate from an inner one.
 
     A subclass implements `effective_learning_rate`. A keyword argument of its
     constructor is an attribute of the same name.

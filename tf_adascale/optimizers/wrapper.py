@@ -184,8 +184,8 @@ class Wrapper(delegate.Delegate):
         """Takes one step, in replica context.
 
         A variable marked by `overwrite_with_gradient`, as float8's scales are,
-        is overwritten by its gradient, on several replicas by the largest. It
-        has no part in the gain, in clipping or in averages.
+        is overwritten by the largest of the replicas' gradients. It has no part
+        in the gain, in clipping or in averages.
 
         Args:
             grads: list of tensors, arrays, `tf.IndexedSlices` or None: this

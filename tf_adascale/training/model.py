@@ -107,8 +107,9 @@ class Model(keras.Model):
                 with its own batch statistics, and the mean of their gradients
                 is applied. A loss that Keras averages over weights or masks is
                 averaged within each part. A compiled loss with reduction="sum"
-                is summed over the parts, as for the whole batch; a sum in a
-                `compute_loss` of your own is averaged.
+                is summed over the parts, as for the whole batch, unless
+                `compute_loss` is overridden: what that returns is averaged, and
+                so is a loss without reduction.
 
         Raises:
             ValueError: if `microbatches` is not an int >= 1; for objects of
