@@ -64,20 +64,6 @@ def scaled_iterations(total_steps: int, *, scale: float) -> int:
     return math.ceil(total_steps / _exact(_checked_scale(scale)))
 
 
-class _Step(keras.Variable):
-    """A tensor with the arithmetic of `optimizer.iterations`.
-
-    A schedule may multiply its step by a float, which a `keras.Variable` of
-    integers allows and a tensor of integers does not.
-    """
-
-    def __init__(self, value: tf.Tensor):
-        super().__init__(value, dtype=value.dtype.name, name="step")
-
-    def _initialize(self, value):
-        self._value = value
-
-
 class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """Base class of all rules: holds lr and S. A rule defines `_rate(step)`."""
 
@@ -121,7 +107,7 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
             base_step = base_step / pace.denominator
         if not callable(self.schedule):
             return tf.constant(self.schedule, tf.float32)
-        return tf.cast(self.schedule(_Step(base_step)), tf.float32)
+        return tf.cast(self.schedule(_keras.Step(base_step)), tf.float32)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, for `from_config`."""

@@ -187,6 +187,112 @@ class TestLearningRate:
                 )
 
 
+class ReadsItsRate(SGD):
+    """Does not use the rate that `update_step` is passed."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, self.learning_rate)
+
+
+class TestFollowsTheInnerOptimizer:
+    """Rates 1, 0.1, 0.01 at steps 0, 1, 2; the gradient is 1."""
+
+    DECAY = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 0.1)
+
+    @every
+    @pytest.mark.parametrize("mode", harness.MODES)
+    def test_rate_read_in_an_update(self, mode, wrap):
+        weight = weight_after_steps(
+            wrap(ReadsItsRate(self.DECAY)), harness.MODES[mode], steps=3
+        )
+        assert weight == pytest.approx([-1.11])
+
+    @every
+    @pytest.mark.parametrize("after", [False, True])
+    def test_iterations_that_were_set(self, after, wrap):
+        inner = SGD(self.DECAY)
+        optimizer = wrap(inner) if after else None
+        inner.iterations.assign(2)
+        optimizer = optimizer or wrap(inner)
+        # 0.01 + 0.001
+        weight = weight_after_steps(optimizer, steps=2)
+        assert weight == pytest.approx([-0.011])
+        if isinstance(optimizer, AdaScale):
+            assert float(optimizer.scale_invariant_step) == 4
+
+    @every
+    @pytest.mark.parametrize(
+        "rate, expected", [(DECAY, 1.0), (lambda: 0.5, 0.5)]
+    )
+    def test_rate_of_the_inner_one_set_later(self, rate, expected, wrap):
+        optimizer = wrap(SGD(3.0))
+        optimizer.inner_optimizer.learning_rate = rate
+        weight = weight_after_steps(optimizer, steps=1)
+        assert weight == [-expected]
+
+    @every
+    def test_number_set_on_the_inner_one(self, wrap):
+        optimizer = wrap(SGD(3.0))
+        optimizer.inner_optimizer.learning_rate = 0.5
+        assert weight_after_steps(optimizer, steps=1) == [-0.5]
+
+    def test_whole_rate_times_the_gain(self):
+        run = harness.Run(2, lambda: AdaScale(SGD(lambda: 1)))
+        # Per element: mean square 1.25, square of the mean 1. sigma^2 =
+        # 2 (1.25 - 1) = 0.5, mu^2 = 1 - 0.5 / 2; r = 1.25 / (0.25 + 0.75).
+        before = run.weights()
+        run.step(
+            [
+                np.stack([1.5 * np.ones(s), 0.5 * np.ones(s)])
+                for s in harness.SHAPES
+            ]
+        )
+        for old, new in zip(before, run.weights()):
+            np.testing.assert_allclose(old - new, 1.25, rtol=1e-5)
+
+    @every
+    def test_settings_made_on_the_wrapper(self, wrap):
+        optimizer = wrap(SGD(1.0))
+        assert optimizer.clipnorm is None
+        optimizer.clipnorm = 0.5
+        assert optimizer.inner_optimizer.clipnorm == optimizer.clipnorm == 0.5
+        assert weight_after_steps(optimizer, steps=1) == [-0.5]
+
+    @every
+    def test_other_attributes(self, wrap):
+        optimizer = wrap(SGD(1.0, momentum=0.9))
+        optimizer.momentum += 0.05
+        assert optimizer.inner_optimizer.momentum == pytest.approx(0.95)
+        with pytest.raises(AttributeError, match="no attribute 'momentun'"):
+            _ = optimizer.momentun
+
+    @every
+    def test_a_configuration_without_a_rate(self, wrap):
+        class Fixed(SGD):
+            def __init__(self):
+                super().__init__(0.25)
+
+            def get_config(self):
+                return {}
+
+        optimizer = wrap(Fixed())
+        config = optimizer.get_config()
+        assert "learning_rate" not in config["inner_optimizer"]["config"]
+        copy = type(optimizer).from_config(config, {"Fixed": Fixed})
+        assert float(copy.learning_rate) == 0.25
+
+    @every
+    def test_a_constraint_gets_the_variable_of_keras(self, wrap):
+        def constraint(weight):
+            assert isinstance(weight, keras.Variable)
+            return keras.ops.clip(weight.value, -0.25, 0.25)
+
+        layer = keras.layers.Dense(1, kernel_constraint=constraint)
+        layer.build((1, 1))
+        wrap(SGD(1.0)).apply([tf.ones((1, 1))], [layer.kernel])
+        assert layer.kernel.numpy() == [[-0.25]]
+
+
 INNER = {
     "momentum": lambda: SGD(0.1, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(0.1),

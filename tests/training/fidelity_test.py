@@ -660,6 +660,60 @@ class TestLossScaleInAnyOrder:
             model.compile(outer, "mse", microbatches=2)
 
 
+class TestMicrobatchesAreTaken:
+    """Or refused in a sentence."""
+
+    def test_a_sum_inside_a_compute_loss(self):
+        class Own(Model):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs)
+
+        x, y = harness.regression(8)
+        models = []
+        for k in (1, 4):
+            keras.utils.set_random_seed(0)
+            inputs = keras.Input(x.shape[1:])
+            outputs = keras.layers.Dense(1)(inputs)
+            model = (keras.Model if k == 1 else Own)(inputs, outputs)
+            loss = keras.losses.MeanSquaredError(reduction="sum")
+            if k == 1:
+                model.compile(keras.optimizers.SGD(0.01), loss)
+            else:
+                optimizer = AdaScale(keras.optimizers.SGD(0.01), scale=1)
+                model.compile(optimizer, loss, microbatches=k)
+            harness.fit(model, x, y, batch_size=8)
+            models.append(model)
+        assert_same_weights(*models, atol=1e-5)
+
+    def test_a_loss_without_a_reduction(self):
+        loss = keras.losses.MeanSquaredError(reduction="none")
+        model = harness.dense_model(Model)
+        with harness.refused("`loss` must have a reduction", "loss=<"):
+            model.compile("sgd", loss, microbatches=2)
+
+    @pytest.mark.parametrize("wrap", [tf_adascale.Adasum, AdaScale])
+    def test_a_train_step_without_them(self, wrap):
+        class Own(Model):
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+                variables = self.trainable_variables
+                gradients = tape.gradient(loss, variables)
+                self.optimizer.apply(gradients, variables)
+                return {"loss": loss}
+
+        model = harness.dense_model(Own)
+        model.compile(wrap(sgd()), "mse", microbatches=2)
+        before = weights(model)
+        with pytest.raises(
+            ValueError, match=r"`(microbatches|sample_sqnorm_sum)` must"
+        ):
+            harness.fit(model, *harness.regression(8), batch_size=8)
+        for old, new in zip(before, weights(model)):
+            np.testing.assert_array_equal(old, new)
+
+
 class TestNothingTrainable:
     """Keras warns and continues: metrics are computed, statistics move."""
 

@@ -1,10 +1,11 @@
-"""Checks of the Keras in use: version 3, with TensorFlow as its backend."""
+"""The Keras in use: version 3, with TensorFlow; and a step for schedules."""
 
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 # The package of Keras 2. With TF_USE_LEGACY_KERAS=1 it is `tf.keras` too.
 _KERAS_2 = "tf_keras"
@@ -79,3 +80,25 @@ def _is_keras_2(cls):
     return any(
         base.__module__.split(".")[0] == _KERAS_2 for base in cls.__mro__
     )
+
+
+class Step(keras.Variable):
+    """A tensor with the arithmetic of `optimizer.iterations`.
+
+    A schedule may multiply its step by a float, which a `keras.Variable` of
+    integers allows and a tensor of integers does not.
+
+    Args:
+        value: scalar tensor.
+
+    Example:
+
+    >>> float(Step(tf.constant(3)) * 0.5)
+    1.5
+    """
+
+    def __init__(self, value: tf.Tensor):
+        super().__init__(value, dtype=value.dtype.name, name="step")
+
+    def _initialize(self, value):
+        self._value = value

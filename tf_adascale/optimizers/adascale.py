@@ -138,6 +138,11 @@ class AdaScale(wrapper.Wrapper):
             self._add_scalar("scale_invariant_step", "int64"),
             self._add_scalar("scale_invariant_fraction", "float32"),
         )
+        # What `iterations` was after the last step; another value is the
+        # user's, who counted these steps at the base batch size.
+        self._counted_iterations = self._add_scalar(
+            "counted_iterations", "int64"
+        )
 
     def build(self, variables: list[Any]) -> None:
         """Creates the slots of this optimizer and of the inner one."""
@@ -193,6 +198,7 @@ class AdaScale(wrapper.Wrapper):
             base_steps=gain if self.scale_ema and self.scale != 1 else None,
             assignments=[
                 *zip(self._state_variables, tf.nest.flatten(after)),
+                (self._counted_iterations, self.iterations + 1),
                 *measurement.assignments,
             ],
         )
@@ -230,8 +236,7 @@ class AdaScale(wrapper.Wrapper):
         ]
 
     def _rate(self, gain):
-        *_, whole_step, _ = self._state_variables
-        rate = self.base_learning_rate(whole_step)
+        rate = self.base_learning_rate(self._state().step.whole)
         power = gain if self.power == 1 else gain**self.power
         return rate * tf.cast(power, rate.dtype)
 
@@ -241,6 +246,10 @@ class AdaScale(wrapper.Wrapper):
         variance, sqnorm, count, whole, fraction = map(
             tf.convert_to_tensor, self._state_variables
         )
+        iterations = tf.convert_to_tensor(self.iterations)
+        is_set = iterations != tf.convert_to_tensor(self._counted_iterations)
+        whole = tf.where(is_set, tf.cast(iterations, whole.dtype), whole)
+        fraction = tf.where(is_set, tf.zeros_like(fraction), fraction)
         return gain_ops.State(
             gain_ops.Averages(gain_ops.Moments(variance, sqnorm), count),
             gain_ops.ScaleInvariantStep(whole, fraction),

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tf_adascale.distribute import updates, workers
 from tf_adascale.ops import _keras
-from tf_adascale.optimizers import inner_step, loss_scale
+from tf_adascale.optimizers import effective_rate, inner_step, loss_scale
 
 
 def check_inner_optimizer(
@@ -58,7 +58,7 @@ def check_inner_optimizer(
             name=wrapper,
         )
     is_wrapper = hasattr(innermost, "inner_optimizer")
-    if is_wrapper or isinstance(innermost._learning_rate, inner_step.Rate):
+    if is_wrapper or isinstance(innermost._learning_rate, effective_rate.Rate):
         raise ValueError(
             "`inner_optimizer` must neither be a wrapper nor be in one: pass a "
             "new Keras optimizer, or a LossScaleOptimizer around one. "

@@ -1,8 +1,8 @@
 """A Keras optimizer that stands for another one.
 
 It shows the inner optimizer's variables and learning rate as its own, and is
-saved with it. Other settings are read and made on the inner optimizer. The step
-is that of `wrapper.Wrapper`.
+saved with it. Other settings, such as `clipnorm`, are read and made on the
+inner optimizer. The step is that of `wrapper.Wrapper`.
 
 Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
 these are
@@ -27,10 +27,21 @@ from tf_adascale.distribute import updates
 from tf_adascale.ops import _keras
 from tf_adascale.optimizers import (
     checks,
+    effective_rate,
     inner_step,
     loss_scale,
     overwrites,
     saved_state,
+)
+
+# What Keras's constructor sets on every optimizer, and its `build` ignores.
+_SETTINGS = (
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "ema_momentum",
+    "ema_overwrite_frequency",
 )
 
 
@@ -67,16 +78,19 @@ class Delegate(keras.optimizers.Optimizer):
         checks.check_inner_optimizer(
             inner_optimizer, kwargs, wrapper=type(self).__name__
         )
-        innermost = loss_scale.unwrap(inner_optimizer)
-        effective_rate = inner_step.Rate(lambda: self.effective_learning_rate)
-        super().__init__(learning_rate=effective_rate, name=name)
+        rate = effective_rate.Rate(
+            lambda: self.effective_learning_rate,
+            lambda rate: setattr(self, "learning_rate", rate),
+        )
+        super().__init__(learning_rate=rate, name=name)
+        self._effective_rate = rate
+        # __getattr__ reads and __setattr__ makes them on the inner optimizer.
+        for setting in _SETTINGS:
+            delattr(self, setting)
         self.inner_optimizer = inner_optimizer
         # Whether an optimizer around this one scales the loss.
         self._is_scaled_outside = False
-        # The user's rate stays where it is saved, among the inner optimizer's
-        # variables. __setattr__ would track it here as well.
-        object.__setattr__(self, "_learning_rate", innermost._learning_rate)
-        innermost._learning_rate = effective_rate
+        self._take_rate_over()
 
     # The learning rate.
 
@@ -85,19 +99,29 @@ class Delegate(keras.optimizers.Optimizer):
         """Scalar: the learning rate at the present progress."""
         raise NotImplementedError
 
-    def base_learning_rate(self, step: keras.Variable) -> tf.Tensor:
-        """Returns the user's learning rate at a step of the base batch.
+    def base_learning_rate(self, step: tf.Tensor) -> tf.Tensor:
+        """Returns the user's learning rate, a float, at a base step.
 
         Args:
-            step: variable, because Keras passes one to a schedule, and its
-                arithmetic differs from that of a tensor.
+            step: scalar int64.
         """
+        self._take_rate_over()
         rate = self._learning_rate
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = rate(step)
+            rate = rate(_keras.Step(step))
         elif not isinstance(rate, keras.Variable):
             rate = rate()
-        return tf.convert_to_tensor(rate)
+        rate = tf.convert_to_tensor(rate)
+        return rate if rate.dtype.is_floating else tf.cast(rate, tf.float32)
+
+    def _take_rate_over(self):
+        """Makes the inner optimizer's rate this one's, and sets it from now."""
+        innermost = self._innermost
+        if innermost._learning_rate is not self._effective_rate:
+            # The user's rate stays where it is saved, among the inner
+            # optimizer's variables. __setattr__ would track it here as well.
+            object.__setattr__(self, "_learning_rate", innermost._learning_rate)
+            innermost._learning_rate = self._effective_rate
 
     @property
     def learning_rate(self) -> keras.Variable | tf.Tensor:
@@ -200,7 +224,10 @@ class Delegate(keras.optimizers.Optimizer):
             is_dynamic = loss_scale.is_dynamic(self.inner_optimizer)
             self._is_scaled_outside = value is None or is_dynamic
             self._innermost.loss_scale_factor = value
-        super().__setattr__(name, value)
+        if self._is_of_inner(name):
+            setattr(self._innermost, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _loss_scaler(self):
         """Returns the optimizer whose loss scale is in effect."""
@@ -233,6 +260,26 @@ class Delegate(keras.optimizers.Optimizer):
             checks.check_is_outermost(self.name, self.num_replicas)
 
     # The end of training, and settings of the inner optimizer.
+
+    def __getattr__(self, name):
+        if not name.startswith("_") and "inner_optimizer" in vars(self):
+            return getattr(self._innermost, name)
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}"
+        )
+
+    def _is_of_inner(self, name):
+        """Returns whether to set an attribute is to set the inner one's."""
+        if name.startswith("_") or "inner_optimizer" not in vars(self):
+            return False
+        if name == "use_ema":  # On both, both would build averages.
+            return True
+        is_own = (
+            name in vars(self)
+            or hasattr(type(self), name)
+            or name in inspect.signature(type(self)).parameters
+        )
+        return not is_own and hasattr(self._innermost, name)
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Ends training as the inner optimizer does."""
@@ -279,12 +326,14 @@ class Delegate(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` saved.
 
-        If the saved model had no optimizer, Keras warns.
+        If the saved model had no optimizer, or this one is not built, Keras
+        warns and loads none of it.
 
         Raises:
             ValueError: if it is the state of another optimizer or model.
         """
-        if not list(store.keys()):  # Keras's stores have no iterator.
+        # Keras's stores have no iterator.
+        if not self.built or not list(store.keys()):
             super().load_own_variables(store)
             return
         saved_state.load(
@@ -301,7 +350,8 @@ class Delegate(keras.optimizers.Optimizer):
         config = inner["config"]
         if loss_scale.is_dynamic(self.inner_optimizer):
             config = config["inner_optimizer"]["config"]
-        config["learning_rate"] = super().get_config()["learning_rate"]
+        if "learning_rate" in config:
+            config["learning_rate"] = super().get_config()["learning_rate"]
         return {"inner_optimizer": inner, "name": self.name}
 
     @classmethod

@@ -16,6 +16,7 @@ these are
 and the methods that `REPLACED` lists.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import tensorflow as tf
 
 from tf_adascale.distribute import updates
 from tf_adascale.ops import ema as ema_ops
+from tf_adascale.optimizers import effective_rate
 
 # Methods and properties of Keras's optimizers that a wrapper does without. An
 # optimizer that overrides one of them would be followed in part only.
@@ -78,29 +80,6 @@ class Step(NamedTuple):
     base_steps: tf.Tensor | None = None
     assignments: Sequence[tuple[Any, tf.Tensor]] = ()
     combine_updates: Callable[[list[tf.Tensor]], list[tf.Tensor]] | None = None
-
-
-class Rate(keras.optimizers.schedules.LearningRateSchedule):
-    """The learning rate of an optimizer in a wrapper: what the wrapper sets.
-
-    Args:
-        rate: function without arguments that returns the effective rate.
-
-    Example:
-
-    >>> Rate(lambda: 0.5)(tf.constant(3))
-    0.5
-    """
-
-    def __init__(self, rate: Callable[[], Any]):
-        self._rate = rate
-
-    def __call__(self, step: Any) -> Any:
-        del step  # Iterations; the wrapper counts progress.
-        return self._rate()
-
-    def get_config(self) -> dict[str, Any]:
-        return {}  # Wrapper.get_config puts the user's rate in its place.
 
 
 def check(optimizer: keras.optimizers.Optimizer, *, name: str) -> None:
@@ -191,7 +170,8 @@ def update(
                 * tf.cast(decay, variable.dtype)
                 * tf.cast(rate, variable.dtype)
             )
-        optimizer.update_step(gradient, variable, rate)
+        with effective_rate.held(optimizer, rate):
+            optimizer.update_step(gradient, variable, rate)
 
     if gradients and isinstance(optimizer, _NADAM):
         _advance_nadam(strategy, optimizer)
@@ -356,8 +336,17 @@ def constrain(strategy: tf.distribute.Strategy, variable: Any) -> None:
     True
     """
     constraint = getattr(variable, "constraint", None)
-    if constraint is not None:
-        updates.update(strategy, variable, lambda v: v.assign(constraint(v)))
+    if constraint is None:
+        return
+
+    def constrain_one(native):
+        shown = native
+        if isinstance(variable, keras.Variable):  # As Keras's `apply` has it.
+            shown = copy.copy(variable)
+            object.__setattr__(shown, "_value", native)
+        native.assign(constraint(shown))
+
+    updates.update(strategy, variable, constrain_one)
 
 
 def _weight_decay(optimizer, variable):

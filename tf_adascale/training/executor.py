@@ -6,6 +6,8 @@ loop over the steps is in `Executor._execute`.
 
 Relies on `_element_spec` of `tf.experimental.Optional`, which TensorFlow does
 not document and Keras's own loop sets too. Checked on TensorFlow 2.18 to 2.21.
+And on `_keras_mask`, where Keras keeps a tensor's mask. Checked on Keras 3.10
+to 3.15.
 """
 
 from collections.abc import Callable
@@ -172,3 +174,69 @@ def without_optionals(batch: Any) -> Any:
         ),
         batch,
     )
+
+
+class CompiledPass:
+    """A function compiled by XLA, and the variables that it was traced for.
+
+    Not a tuple, in which Keras would find the variables.
+
+    Args:
+        function: callable of nested tensors.
+        variables: list of those that it uses.
+
+    Example:
+
+    >>> compiled = CompiledPass(lambda x: x + 1, [])
+    >>> int(compiled.function(tf.constant(1))), compiled.is_of([])
+    (2, True)
+    """
+
+    def __init__(self, function: Callable[..., Any], variables: list[Any]):
+        self._variables = list(variables)
+        self.function = tf.function(
+            function, autograph=False, jit_compile=True, reduce_retracing=True
+        )
+
+    def is_of(self, variables: list[Any]) -> bool:
+        """Returns whether these are the variables that it was traced for."""
+        return list(map(id, variables)) == list(map(id, self._variables))
+
+
+def masks(tensors: Any) -> Any:
+    """Returns the nested masks that Keras attached to tensors, None for none.
+
+    Example:
+
+    >>> masks([tf.constant(1)])
+    [None]
+    """
+    return keras.tree.map_structure(
+        lambda tensor: getattr(tensor, "_keras_mask", None), tensors
+    )
+
+
+def put_masks(tensors: Any, masks: Any) -> None:
+    """Puts masks back on tensors, because a `tf.function` drops them.
+
+    Example:
+
+    >>> x = tf.constant([1])
+    >>> put_masks([x], [tf.constant([True])])
+    >>> masks([x])[0].numpy()
+    array([ True])
+    """
+    for tensor, mask in zip(tf.nest.flatten(tensors), tf.nest.flatten(masks)):
+        if mask is not None:
+            tensor._keras_mask = mask
+
+
+def length(x: Any) -> tf.Tensor:
+    """Returns the number of examples in a nested batch, scalar int32.
+
+    Example:
+
+    >>> int(length((None, tf.zeros((3, 2)))))
+    3
+    """
+    return tf.shape(next(v for v in keras.tree.flatten(x) if v is not None))[0]

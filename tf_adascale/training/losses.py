@@ -14,6 +14,8 @@ import keras
 import tensorflow as tf
 from keras.src.trainers.compile_utils import CompileLoss
 
+_NO_REDUCTION = (None, "none")
+
 
 def summed(
     loss: Any, loss_weights: Any, output_names: list[str] | None
@@ -29,6 +31,9 @@ def summed(
         Callable of targets, predictions and sample weights that returns the
         weighted sum of these losses, scalar; None if no loss is of this kind.
 
+    Raises:
+        ValueError: if a loss has no reduction.
+
     Example:
 
     >>> loss = keras.losses.MeanAbsoluteError(reduction="sum")
@@ -36,6 +41,17 @@ def summed(
     >>> float(function(tf.constant([[1.0], [2.0]]), tf.zeros((2, 1)), None))
     3.0
     """
+    for one in keras.tree.flatten(loss):
+        if (
+            isinstance(one, keras.losses.Loss)
+            and one.reduction in _NO_REDUCTION
+        ):
+            raise ValueError(
+                "`loss` must have a reduction with several micro-batches; "
+                'Keras sums the gradients of one without, as reduction="sum" '
+                f"does. Received: loss={loss!r}, whose reduction is "
+                f"{one.reduction!r}"
+            )
     # CompileLoss ignores an output whose loss is None.
     kept = keras.tree.map_structure(
         lambda x: x if getattr(x, "reduction", None) == "sum" else None, loss

@@ -71,6 +71,9 @@ class Model(keras.Model):
         else:
             super().__init__(*args, **kwargs)
         self.microbatches = 1
+        self._summed_loss = None
+        self._is_in_sample = False
+        self._has_split = False
 
     def compile(
         self,
@@ -107,12 +110,12 @@ class Model(keras.Model):
                 with its own batch statistics, and the mean of their gradients
                 is applied. A loss that Keras averages over weights or masks is
                 averaged within each part. A compiled loss with reduction="sum"
-                is summed over the parts, as for the whole batch, unless
-                `compute_loss` is overridden: what that returns is averaged, and
-                so is a loss without reduction.
+                is summed over the parts, as for the whole batch; a sum that a
+                `compute_loss` of your own makes is averaged.
 
         Raises:
-            ValueError: if `microbatches` is not an int >= 1; for objects of
+            ValueError: if `microbatches` is not an int >= 1, or several and a
+                loss has no reduction; for objects of
                 Keras 2 and for `ParameterServerStrategy`; for micro-batches and
                 an optimizer that has a tf_adascale one inside.
         """
@@ -145,7 +148,7 @@ class Model(keras.Model):
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.scale_inside()
         self._summed_loss = None
-        if microbatches > 1 and not _is_overridden(self, "compute_loss"):
+        if microbatches > 1:
             names = getattr(self, "output_names", None)
             self._summed_loss = losses.summed(loss, loss_weights, names)
         self._compiled_pass = None
@@ -157,17 +160,12 @@ class Model(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model with what `get_compile_config` returned."""
+        if type(self).compile is not Model.compile:
+            super().compile_from_config(config)  # Warns and does nothing.
+            return
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             self.optimizer.build(self.trainable_variables)
-
-    def load_weights(self, filepath: Any, **kwargs: Any) -> None:
-        """Loads the weights, and the optimizer's state if the file has it."""
-        optimizer = getattr(self, "optimizer", None)
-        if self.built and optimizer is not None and not optimizer.built:
-            with self.distribute_strategy.scope():
-                optimizer.build(self.trainable_variables)
-        super().load_weights(filepath, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does; only the chief shows progress.
@@ -208,13 +206,14 @@ class Model(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         parts = x, y, sample_weight
         if self.microbatches > 1:
+            self._has_split = True
             parts = executor.map_present(
                 lambda v: microbatches.split(v, self.microbatches), parts
             )
         compute = self._compiled() if self.jit_compile else self._gradients
         gradients, sqnorm, loss, (y_pred, masks) = compute(*parts)
-        _put_masks(y_pred, masks)
-        self._loss_tracker.update_state(loss, sample_weight=_length(x))
+        executor.put_masks(y_pred, masks)
+        self._loss_tracker.update_state(loss, sample_weight=executor.length(x))
         if gradients:
             statistics = {} if sqnorm is None else {"sample_sqnorm_sum": sqnorm}
             self.optimizer.apply_gradients(
@@ -226,11 +225,36 @@ class Model(keras.Model):
             )
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> tf.Tensor:
+        """Returns the loss as `keras.Model.compute_loss` does.
+
+        Of one micro-batch, a compiled loss that is a sum counts once for each
+        micro-batch, because their losses are averaged.
+        """
+        loss = super().compute_loss(
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            training=training,
+        )
+        if self._is_in_sample and self._summed_loss is not None:
+            others = self.microbatches - 1
+            loss += others * self._summed_loss(y, y_pred, sample_weight)
+        return loss
+
     def _compiled(self):
         """Returns `_gradients` compiled by XLA for the present variables."""
         compiled = self._compiled_pass
         if compiled is None or not compiled.is_of(self.trainable_variables):
-            self._compiled_pass = compiled = _CompiledPass(
+            self._compiled_pass = compiled = executor.CompiledPass(
                 self._gradients, self.trainable_variables
             )
         return compiled.function
@@ -282,16 +306,17 @@ class Model(keras.Model):
         with tf.GradientTape() as tape:
             takes_training = self._call_has_training_arg
             y_pred = self(x, training=True) if takes_training else self(x)
-            loss = self._compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                training=True,
-            )
-            if self._summed_loss is not None:
-                others = self.microbatches - 1
-                loss += others * self._summed_loss(y, y_pred, sample_weight)
+            self._is_in_sample = True
+            try:
+                loss = self._compute_loss(
+                    x=x,
+                    y=y,
+                    y_pred=y_pred,
+                    sample_weight=sample_weight,
+                    training=True,
+                )
+            finally:
+                self._is_in_sample = False
             optimizer: Any = self.optimizer
             scaled_loss = loss
             if optimizer is not None:
@@ -304,7 +329,7 @@ class Model(keras.Model):
             sqnorm = optimizer.sample_sqnorm(gradients, variables)
         # Keras divided the loss by the number of replicas.
         num_replicas = self.distribute_strategy.num_replicas_in_sync
-        outputs = y_pred, keras.tree.map_structure(_mask, y_pred)
+        outputs = y_pred, executor.masks(y_pred)
         return gradients, sqnorm, loss * num_replicas, outputs
 
     # Executions: steps of all replicas.
@@ -313,8 +338,21 @@ class Model(keras.Model):
         """Returns the function of an iterator that takes the training steps."""
         if force or self.train_function is None:
             self._compiled_pass = None
-            self.train_function = self._executor(self.train_step)
+            self.train_function = self._executor(self._checked_train_step)
         return self.train_function
+
+    def _checked_train_step(self, data):
+        """Takes the training step, which must take the micro-batches."""
+        self._has_split = False
+        logs = self.train_step(data)
+        if self.microbatches > 1 and not self._has_split:
+            raise ValueError(
+                "`microbatches` must be 1 for a model whose own `train_step` "
+                "does not call tf_adascale.Model.train_step, which takes the "
+                f"micro-batches. Received: microbatches={self.microbatches}, "
+                f"model={self!r}"
+            )
+        return logs
 
     def make_test_function(self, force: bool = False) -> Any:
         """Returns the function of an iterator that takes the test steps."""
@@ -357,23 +395,6 @@ class Model(keras.Model):
             )
 
 
-class _CompiledPass:
-    """A function compiled by XLA, and the variables that it was traced for.
-
-    Not a tuple, in which Keras would find the variables.
-    """
-
-    def __init__(self, function, variables):
-        self._variables = list(variables)
-        self.function = tf.function(
-            function, autograph=False, jit_compile=True, reduce_retracing=True
-        )
-
-    def is_of(self, variables):
-        """Returns whether these are the variables that it was traced for."""
-        return list(map(id, variables)) == list(map(id, self._variables))
-
-
 class FunctionalModel(Model, Functional):
     """A `Model` made from inputs and outputs."""
 
@@ -401,23 +422,3 @@ def _make_functional(cls):
     for base in cls.__bases__:
         if issubclass(base, Model) and not issubclass(base, Functional):
             _make_functional(base)
-
-
-def _is_overridden(model, method):
-    """Returns whether a model has a method of its own in place of Keras's."""
-    return getattr(type(model), method) is not getattr(keras.Model, method)
-
-
-def _mask(tensor):
-    return getattr(tensor, "_keras_mask", None)
-
-
-def _put_masks(tensors, masks):
-    """Puts masks back on tensors, because a `tf.function` drops them."""
-    for tensor, mask in zip(tf.nest.flatten(tensors), tf.nest.flatten(masks)):
-        if mask is not None:
-            tensor._keras_mask = mask
-
-
-def _length(x):
-    return tf.shape(next(v for v in keras.tree.flatten(x) if v is not None))[0]
