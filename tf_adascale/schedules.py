@@ -12,9 +12,6 @@ its own.
 The wrapped schedule is called with S t, a `keras.Variable` like the one that
 Keras passes. It is an int64 if S t is whole for every t, else a float64. Both
 are exact far beyond 2^24, where a float32 is not.
-
-Relies on `_initialize` and `_value` of `keras.Variable`, which Keras does not
-document. Checked on Keras 3.10 to 3.15.
 """
 
 import fractions

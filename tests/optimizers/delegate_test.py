@@ -194,6 +194,23 @@ class ReadsItsRate(SGD):
         super().update_step(gradient, variable, self.learning_rate)
 
 
+def assert_steps_by_gain(make, *, steps=1, expected=1.25):
+    """Asserts what steps at S = 2, whose gain is 1.25, change in total.
+
+    Per element the mean square is 1.25, the square of the mean 1. sigma^2 =
+    2 (1.25 - 1) = 0.5, mu^2 = 1 - 0.5 / 2; r = 1.25 / (0.25 + 0.75).
+    """
+    run = harness.Run(2, make)
+    before = run.weights()
+    gradients = [
+        np.stack([1.5 * np.ones(s), 0.5 * np.ones(s)]) for s in harness.SHAPES
+    ]
+    for _ in range(steps):
+        run.step(gradients)
+    for old, new in zip(before, run.weights()):
+        np.testing.assert_allclose(old - new, expected, rtol=1e-5)
+
+
 class TestFollowsTheInnerOptimizer:
     """Rates 1, 0.1, 0.01 at steps 0, 1, 2; the gradient is 1."""
 
@@ -206,6 +223,15 @@ class TestFollowsTheInnerOptimizer:
             wrap(ReadsItsRate(self.DECAY)), harness.MODES[mode], steps=3
         )
         assert weight == pytest.approx([-1.11])
+
+    def test_rate_read_in_an_update_has_the_gain_of_the_step(self):
+        """The sixth step is at 6.25 base steps, where the rate is 0."""
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [5], [1.0, 0.0]
+        )
+        assert_steps_by_gain(
+            lambda: AdaScale(ReadsItsRate(rate)), steps=6, expected=5 * 1.25
+        )
 
     @every
     @pytest.mark.parametrize("after", [False, True])
@@ -227,6 +253,7 @@ class TestFollowsTheInnerOptimizer:
     def test_rate_of_the_inner_one_set_later(self, rate, expected, wrap):
         optimizer = wrap(SGD(3.0))
         optimizer.inner_optimizer.learning_rate = rate
+        assert float(optimizer.learning_rate) == expected
         weight = weight_after_steps(optimizer, steps=1)
         assert weight == [-expected]
 
@@ -237,18 +264,7 @@ class TestFollowsTheInnerOptimizer:
         assert weight_after_steps(optimizer, steps=1) == [-0.5]
 
     def test_whole_rate_times_the_gain(self):
-        run = harness.Run(2, lambda: AdaScale(SGD(lambda: 1)))
-        # Per element: mean square 1.25, square of the mean 1. sigma^2 =
-        # 2 (1.25 - 1) = 0.5, mu^2 = 1 - 0.5 / 2; r = 1.25 / (0.25 + 0.75).
-        before = run.weights()
-        run.step(
-            [
-                np.stack([1.5 * np.ones(s), 0.5 * np.ones(s)])
-                for s in harness.SHAPES
-            ]
-        )
-        for old, new in zip(before, run.weights()):
-            np.testing.assert_allclose(old - new, 1.25, rtol=1e-5)
+        assert_steps_by_gain(lambda: AdaScale(SGD(lambda: 1)))
 
     @every
     def test_settings_made_on_the_wrapper(self, wrap):
@@ -257,6 +273,14 @@ class TestFollowsTheInnerOptimizer:
         optimizer.clipnorm = 0.5
         assert optimizer.inner_optimizer.clipnorm == optimizer.clipnorm == 0.5
         assert weight_after_steps(optimizer, steps=1) == [-0.5]
+
+    @every
+    def test_weight_decay_made_on_the_wrapper(self, wrap):
+        optimizer = wrap(SGD(0.5))
+        optimizer.weight_decay = 0.5
+        weight = keras.Variable([4.0])
+        optimizer.apply([tf.ones(1)], [weight])
+        assert weight.numpy() == [4 - 0.5 * 0.5 * 4 - 0.5]
 
     @every
     def test_other_attributes(self, wrap):

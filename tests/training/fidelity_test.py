@@ -684,12 +684,17 @@ class TestMicrobatchesAreTaken:
             harness.fit(model, x, y, batch_size=8)
             models.append(model)
         assert_same_weights(*models, atol=1e-5)
+        stock, ours = (
+            model.evaluate(x, y, batch_size=8, verbose=0) for model in models
+        )
+        assert ours == pytest.approx(stock, rel=1e-5)
 
     def test_a_loss_without_a_reduction(self):
         loss = keras.losses.MeanSquaredError(reduction="none")
         model = harness.dense_model(Model)
         with harness.refused("`loss` must have a reduction", "loss=<"):
             model.compile("sgd", loss, microbatches=2)
+        assert not model.compiled
 
     @pytest.mark.parametrize("wrap", [tf_adascale.Adasum, AdaScale])
     def test_a_train_step_without_them(self, wrap):

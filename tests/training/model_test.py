@@ -209,6 +209,27 @@ class TestCompile:
         assert harness.iterations(model) == 2
 
 
+def test_a_compile_of_its_own_is_not_called_when_loading(tmp_path):
+    """As in Keras, which does not know its arguments."""
+
+    class Own(tf_adascale.Model):
+        def compile(self, rate, **kwargs):
+            super().compile(keras.optimizers.SGD(rate), "mse", **kwargs)
+
+        @classmethod
+        def from_config(cls, config):
+            return harness.dense_model(cls)
+
+    model = harness.dense_model(Own)
+    model.compile(0.1, microbatches=2)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    with pytest.warns(UserWarning, match="`compile\\(\\)` method is custom"):
+        loaded = keras.saving.load_model(path, custom_objects={"Own": Own})
+    assert getattr(loaded, "optimizer", None) is None
+    harness.assert_close(loaded.get_weights(), model.get_weights())
+
+
 class TestAgainstStockKeras:
     """`Model` equals stock Keras with one micro-batch on one device."""
 

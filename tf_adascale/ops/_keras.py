@@ -1,4 +1,8 @@
-"""The Keras in use: version 3, with TensorFlow; and a step for schedules."""
+"""The Keras in use: version 3, with TensorFlow; and a step for schedules.
+
+Relies on `_initialize` and `_value` of `keras.Variable`, which Keras does not
+document. Checked on Keras 3.10 to 3.15.
+"""
 
 import sys
 from collections.abc import Iterable

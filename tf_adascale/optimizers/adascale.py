@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from tf_adascale.distribute import collectives
-from tf_adascale.ops import _arguments, norms
+from tf_adascale.ops import _arguments, _keras, norms
 from tf_adascale.ops import gain as gain_ops
 from tf_adascale.optimizers import (
     advice,
@@ -194,7 +194,7 @@ class AdaScale(wrapper.Wrapper):
         return inner_step.Step(
             gradients=gradients,
             finite=tf.reduce_all(tf.math.is_finite(norms_and_moments)),
-            learning_rate=self._rate(gain),
+            learning_rate=self._rate(gain, before.step),
             base_steps=gain if self.scale_ema and self.scale != 1 else None,
             assignments=[
                 *zip(self._state_variables, tf.nest.flatten(after)),
@@ -235,8 +235,8 @@ class AdaScale(wrapper.Wrapper):
             for slot in self.slot_indices(variables)
         ]
 
-    def _rate(self, gain):
-        rate = self.base_learning_rate(self._state().step.whole)
+    def _rate(self, gain, step):
+        rate = self.base_learning_rate(_keras.Step(step.whole))
         power = gain if self.power == 1 else gain**self.power
         return rate * tf.cast(power, rate.dtype)
 
@@ -248,7 +248,7 @@ class AdaScale(wrapper.Wrapper):
         )
         iterations = tf.convert_to_tensor(self.iterations)
         is_set = iterations != tf.convert_to_tensor(self._counted_iterations)
-        whole = tf.where(is_set, tf.cast(iterations, whole.dtype), whole)
+        whole = tf.where(is_set, iterations, whole)
         fraction = tf.where(is_set, tf.zeros_like(fraction), fraction)
         return gain_ops.State(
             gain_ops.Averages(gain_ops.Moments(variance, sqnorm), count),
@@ -389,7 +389,7 @@ class AdaScale(wrapper.Wrapper):
     @property
     def effective_learning_rate(self) -> tf.Tensor:
         """Scalar: r^power lr(floor(tau)), with the last step's gain."""
-        return self._rate(self.gain)
+        return self._rate(self.gain, self._state().step)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration, with the rate that the user gave."""

@@ -110,7 +110,7 @@ class Adasum(wrapper.Wrapper):
     @property
     def effective_learning_rate(self) -> tf.Tensor:
         """Scalar: the inner optimizer's rate at its iteration."""
-        return self.base_learning_rate(tf.convert_to_tensor(self.iterations))
+        return self.base_learning_rate(self.iterations)
 
     @property
     def merge_samples(

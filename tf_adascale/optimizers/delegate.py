@@ -99,28 +99,41 @@ class Delegate(keras.optimizers.Optimizer):
         """Scalar: the learning rate at the present progress."""
         raise NotImplementedError
 
-    def base_learning_rate(self, step: tf.Tensor) -> tf.Tensor:
+    def base_learning_rate(self, step: keras.Variable) -> tf.Tensor:
         """Returns the user's learning rate, a float, at a base step.
 
         Args:
-            step: scalar int64.
+            step: variable, because Keras passes one to a schedule, and its
+                arithmetic differs from that of a tensor.
         """
-        self._take_rate_over()
         rate = self._learning_rate
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = rate(_keras.Step(step))
+            rate = rate(step)
         elif not isinstance(rate, keras.Variable):
             rate = rate()
         rate = tf.convert_to_tensor(rate)
         return rate if rate.dtype.is_floating else tf.cast(rate, tf.float32)
 
+    # Where Keras keeps the rate as given.
+
+    @property
+    def _learning_rate(self):
+        self._take_rate_over()
+        return self._given_rate
+
+    @_learning_rate.setter
+    def _learning_rate(self, rate):
+        self._given_rate = rate
+
     def _take_rate_over(self):
-        """Makes the inner optimizer's rate this one's, and sets it from now."""
+        """Makes a rate set on the inner optimizer this one's."""
+        if "inner_optimizer" not in vars(self):
+            return
         innermost = self._innermost
         if innermost._learning_rate is not self._effective_rate:
-            # The user's rate stays where it is saved, among the inner
-            # optimizer's variables. __setattr__ would track it here as well.
-            object.__setattr__(self, "_learning_rate", innermost._learning_rate)
+            # A variable stays where it is saved, among those of the inner
+            # optimizer. __setattr__ would track it here as well.
+            object.__setattr__(self, "_given_rate", innermost._learning_rate)
             innermost._learning_rate = self._effective_rate
 
     @property

@@ -7,6 +7,7 @@ context. Values are each device's own.
 Relies on what Keras optimizers do not document. Checked on Keras 3.10 to 3.15,
 these are
 
+    _value                           the variable behind a `keras.Variable`
     _use_weight_decay                whether a variable decays
     _trainable_variables             the variables an optimizer was built on
     _model_variables_moving_average  the slots of `use_ema`

@@ -266,8 +266,8 @@ class Wrapper(delegate.Delegate):
             before = [tf.convert_to_tensor(weight) for weight, _ in weights]
 
         def take(strategy, gradients, rate, values, base_steps, before):
-            inner_step.update(strategy, innermost, variables, gradients, rate)
             updates.assign(strategy, [v for v, _ in taken], values)
+            inner_step.update(strategy, innermost, variables, gradients, rate)
             inner_step.average(
                 strategy, innermost, before=before, base_steps=base_steps
             )

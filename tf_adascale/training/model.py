@@ -114,10 +114,10 @@ class Model(keras.Model):
                 `compute_loss` of your own makes is averaged.
 
         Raises:
-            ValueError: if `microbatches` is not an int >= 1, or several and a
-                loss has no reduction; for objects of
+            ValueError: if `microbatches` is not an int >= 1; for objects of
                 Keras 2 and for `ParameterServerStrategy`; for micro-batches and
-                an optimizer that has a tf_adascale one inside.
+                an optimizer that has a tf_adascale one inside or a loss without
+                reduction.
         """
         _arguments.integer(
             "microbatches",
@@ -131,6 +131,10 @@ class Model(keras.Model):
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
         if microbatches > 1 and not is_wrapper:
             checks.check_has_no_wrapper(optimizer, wrapper.Wrapper)
+        summed_loss = None
+        if microbatches > 1:
+            names = getattr(self, "output_names", None)
+            summed_loss = losses.summed(loss, loss_weights, names)
         super().compile(
             optimizer,
             loss=loss,
@@ -147,10 +151,7 @@ class Model(keras.Model):
             optimizer.microbatches = microbatches
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.scale_inside()
-        self._summed_loss = None
-        if microbatches > 1:
-            names = getattr(self, "output_names", None)
-            self._summed_loss = losses.summed(loss, loss_weights, names)
+        self._summed_loss = summed_loss
         self._compiled_pass = None
 
     def get_compile_config(self) -> dict[str, Any]:
