@@ -30,6 +30,7 @@ import argparse
 import csv
 import math
 import os
+import pathlib
 import resource
 import sys
 import time
@@ -58,6 +59,8 @@ MEMORY_INTERVAL = 100
 ALL_REDUCES = 2
 MAX_DRIFT = 0.05
 MAX_BYTES_PER_STEP = 100
+# Seconds that a worker waits for the others at its end.
+MAX_WAIT = 60
 # Relative difference between workers of the bytes that bare all-reduces keep.
 SPREAD = 0.1
 
@@ -156,6 +159,11 @@ def train(out, num_steps):
     with strategy.scope():
         model = make_model(num_steps)
     index = strategy.cluster_resolver.task_id
+    done = [
+        pathlib.Path(out, f"done-{worker}")
+        for worker in range(strategy.num_replicas_in_sync)
+    ]
+    done[index].unlink(missing_ok=True)
     model.fit(
         make_dataset(strategy.num_replicas_in_sync),
         epochs=num_steps // WINDOW,
@@ -168,6 +176,13 @@ def train(out, num_steps):
         verbose=2 if index == 0 else 0,
     )
     all_reduce(strategy, num_steps // 2, _bare_path(out, index))
+    # A worker that exits fails those that still receive from it.
+    done[index].touch()
+    deadline = time.monotonic() + MAX_WAIT
+    while time.monotonic() < deadline and not all(
+        path.exists() for path in done
+    ):
+        time.sleep(0.05)
 
 
 def all_reduce(strategy, num_steps, path):

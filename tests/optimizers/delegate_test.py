@@ -291,6 +291,38 @@ class TestFollowsTheInnerOptimizer:
             _ = optimizer.momentun
 
     @every
+    def test_an_attribute_by_the_name_of_an_own_one(self, wrap):
+        inner = SGD()
+        inner.microbatches = 5
+        wrapped = wrap(inner)
+        wrapped.microbatches += 1
+        assert (wrapped.microbatches, inner.microbatches) == (2, 5)
+
+    @every
+    @pytest.mark.parametrize("place", ["wrapper", "inner"])
+    def test_accumulation_set_later_is_refused(self, place, wrap):
+        optimizer, weight = wrap(SGD(1.0)), keras.Variable([4.0])
+        where = optimizer if place == "wrapper" else optimizer.inner_optimizer
+        where.gradient_accumulation_steps = 2
+        with (
+            harness.untouched(weight),
+            harness.refused("`gradient_accumulation_steps` must not be set on"),
+        ):
+            optimizer.apply([tf.ones(1)], [weight])
+
+    @every
+    def test_half_precision_is_clipped_in_float32(self, wrap):
+        """300^2 + 400^2 is infinite in float16; 300 / 500 = 0.6."""
+        optimizer = wrap(
+            keras.optimizers.LossScaleOptimizer(
+                SGD(1.0, clipnorm=1.0), initial_scale=1.0
+            )
+        )
+        weight = keras.Variable([0.0, 0.0], dtype="float16")
+        optimizer.apply([tf.constant([300.0, 400.0], "float16")], [weight])
+        np.testing.assert_allclose(weight, [-0.6, -0.8], rtol=1e-3)
+
+    @every
     def test_a_configuration_without_a_rate(self, wrap):
         class Fixed(SGD):
             def __init__(self):

@@ -286,7 +286,6 @@ class TestSavedConfig:
 
 
 STRANGERS = {
-    "plain": sgd,
     "other_estimator": OPTIMIZERS["differenced"],
     "other_inner_optimizer": lambda: AdaScale(
         keras.optimizers.Adam(schedule())
@@ -324,6 +323,28 @@ class TestStateOfAnotherModel:
             harness.refused("The state saved for `adascale` must be that of"),
         ):
             model.load_weights(path)
+
+    @pytest.mark.parametrize(
+        "plain",
+        [
+            sgd,
+            lambda: keras.optimizers.Adam(),
+            lambda: keras.optimizers.LossScaleOptimizer(sgd()),
+        ],
+    )
+    def test_without_a_wrapper_is_left_aside(self, plain, tmp_path):
+        """Keras warns too, and loads the weights."""
+        other = make(plain, microbatches=1)
+        path = save(scrambled(other, seed=1), tmp_path, "weights")
+        model = self.momentum()
+        with (
+            harness.untouched(*self.own(model)),
+            pytest.warns(
+                UserWarning, match="The state of `adascale` is not loaded"
+            ),
+        ):
+            model.load_weights(path)
+        np.testing.assert_equal(model.get_weights(), other.get_weights())
 
     def test_of_another_architecture_is_refused(self, tmp_path):
         # A layer fails first, so the message is Keras's.

@@ -64,15 +64,31 @@ def check_inner_optimizer(
             "new Keras optimizer, or a LossScaleOptimizer around one. "
             f"Received: inner_optimizer={optimizer!r}"
         )
-    if innermost.gradient_accumulation_steps:
+    check_does_not_accumulate(innermost, name=wrapper)
+    inner_step.check(innermost, name=wrapper)
+
+
+def check_does_not_accumulate(
+    optimizer: keras.optimizers.Optimizer, *, name: str
+) -> None:
+    """Raises a ValueError if an inner optimizer accumulates gradients.
+
+    Args:
+        optimizer: Keras optimizer, not a wrapper.
+        name: str, the wrapper that asks.
+
+    Example:
+
+    >>> check_does_not_accumulate(keras.optimizers.SGD(), name="AdaScale")
+    """
+    steps = optimizer.gradient_accumulation_steps
+    if steps:
         raise ValueError(
             "`gradient_accumulation_steps` must not be set on the inner "
-            f"optimizer, where {wrapper} cannot see the samples. Use "
-            "`microbatches` in tf_adascale.Model.compile. Received: "
-            "gradient_accumulation_steps="
-            f"{innermost.gradient_accumulation_steps}"
+            f"optimizer, where {name} cannot see the samples. Use "
+            "`microbatches` in tf_adascale.Model.compile. "
+            f"Received: gradient_accumulation_steps={steps}"
         )
-    inner_step.check(innermost, name=wrapper)
 
 
 def check_strategy(strategy: tf.distribute.Strategy) -> None:

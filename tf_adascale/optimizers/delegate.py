@@ -16,6 +16,7 @@ these are
 """
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ _SETTINGS = (
     "global_clipnorm",
     "ema_momentum",
     "ema_overwrite_frequency",
+    "gradient_accumulation_steps",
 )
 
 
@@ -340,18 +342,25 @@ class Delegate(keras.optimizers.Optimizer):
         """Loads what `save_own_variables` saved.
 
         If the saved model had no optimizer, or this one is not built, Keras
-        warns and loads none of it.
+        warns and loads none of it. So does this method for the state of an
+        optimizer that is no wrapper.
 
         Raises:
-            ValueError: if it is the state of another optimizer or model.
+            ValueError: if it is the state of another wrapper or model.
         """
-        # Keras's stores have no iterator.
-        if not self.built or not list(store.keys()):
+        keys = list(store.keys())  # Keras's stores have no iterator.
+        if not self.built or not keys:
             super().load_own_variables(store)
-            return
-        saved_state.load(
-            store, self._variables, self._other_variables, name=self.name
-        )
+        elif not saved_state.is_of_wrapper(keys):
+            warnings.warn(
+                f"The state of `{self.name}` is not loaded: the file has that "
+                "of an optimizer of another kind.",
+                stacklevel=2,
+            )
+        else:
+            saved_state.load(
+                store, self._variables, self._other_variables, name=self.name
+            )
 
     @property
     def _other_variables(self):

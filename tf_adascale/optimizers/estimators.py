@@ -177,13 +177,16 @@ class Differenced:
         )
 
     def measure(self, observation: Observation) -> Measurement:
-        gradients = [
-            tf.convert_to_tensor(
-                loss_scale_lib.unscale(gradient, observation.loss_scale)
-            )
-            for gradient in observation.gradients
-        ]
         slots = [self._previous[slot] for slot in observation.slots]
+        gradients = [
+            tf.cast(
+                tf.convert_to_tensor(
+                    loss_scale_lib.unscale(gradient, observation.loss_scale)
+                ),
+                slot.dtype,
+            )
+            for gradient, slot in zip(observation.gradients, slots)
+        ]
         now, before = (
             preconditioner.precondition(values, observation.divisors)
             for values in (gradients, [tf.convert_to_tensor(s) for s in slots])

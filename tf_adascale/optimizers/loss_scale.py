@@ -75,14 +75,15 @@ def unscale(gradient: Any, factor: Any) -> Any:
         factor: scalar, or None for 1.
 
     Returns:
-        Like `gradient`. Half precision is divided in float32, because a factor
-        of 65536 is infinite in float16.
+        Like `gradient`, of the type that Keras's division has: float32 for
+        half precision and a factor that is a tensor of float32. Half precision
+        is divided in float32, because a factor of 65536 is infinite in float16.
 
     Example:
 
-    >>> half = unscale(tf.constant([8192.0], "float16"), 65536.0)
-    >>> half.numpy().tolist(), half.dtype.name
-    ([0.125], 'float16')
+    >>> half = tf.constant([8192.0], "float16")
+    >>> [unscale(half, x).dtype.name for x in (2.0**16, tf.constant(2.0**16))]
+    ['float16', 'float32']
     """
     if factor is None:
         return gradient
@@ -91,7 +92,9 @@ def unscale(gradient: Any, factor: Any) -> Any:
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
     wide = tf.float64 if gradient.dtype == tf.float64 else tf.float32
     quotient = tf.cast(gradient, wide) / tf.cast(factor, wide)
-    return tf.cast(quotient, gradient.dtype)
+    return (
+        quotient if tf.is_tensor(factor) else tf.cast(quotient, gradient.dtype)
+    )
 
 
 def assignments(

@@ -4,10 +4,12 @@ Keras saves and loads the inner optimizer by itself, also if it is of another
 model. The shapes beside a wrapper's own variables tell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+_SHAPES = "shapes"
 
 
 def save(store: Any, own: Sequence[Any], others: Sequence[Any]) -> None:
@@ -27,7 +29,18 @@ def save(store: Any, own: Sequence[Any], others: Sequence[Any]) -> None:
     """
     for index, variable in enumerate(own):
         store[str(index)] = variable.numpy()
-    store["shapes"] = _shapes(others)
+    store[_SHAPES] = _shapes(others)
+
+
+def is_of_wrapper(keys: Iterable[str]) -> bool:
+    """Returns whether a store with these keys is one of `save`.
+
+    Example:
+
+    >>> is_of_wrapper(["0", "1"])
+    False
+    """
+    return _SHAPES in keys
 
 
 def load(
@@ -56,10 +69,10 @@ def load(
     expected = {
         str(index): list(variable.shape) for index, variable in enumerate(own)
     }
-    expected["shapes"] = _shapes(others).tolist()
+    expected[_SHAPES] = _shapes(others).tolist()
     received = {key: list(store[key].shape) for key in store.keys()}  # noqa: SIM118
-    if "shapes" in received:
-        received["shapes"] = np.asarray(store["shapes"]).tolist()
+    if _SHAPES in received:
+        received[_SHAPES] = np.asarray(store[_SHAPES]).tolist()
     if expected != received:
         raise ValueError(
             f"The state saved for `{name}` must be that of the same optimizer "

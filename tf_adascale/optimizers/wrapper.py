@@ -71,6 +71,8 @@ class Wrapper(delegate.Delegate):
             given.
     """
 
+    microbatches: int = 1  # Of the class, so as not to be the inner one's.
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
@@ -79,7 +81,6 @@ class Wrapper(delegate.Delegate):
         **kwargs: Any,
     ):
         super().__init__(inner_optimizer, name=name, **kwargs)
-        self.microbatches = 1
         self._skipped_steps = self._add_scalar("skipped_steps", "int64")
 
     # The interface of a subclass.
@@ -205,6 +206,7 @@ class Wrapper(delegate.Delegate):
                 around this one on several replicas.
         """
         checks.check_context(self.name, [self, self._innermost])
+        checks.check_does_not_accumulate(self._innermost, name=self.name)
         self._check_is_outermost()
         grads = list(grads)
         if not grads:
