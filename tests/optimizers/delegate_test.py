@@ -339,11 +339,12 @@ class TestFollowsTheInnerOptimizer:
 
     @every
     def test_a_constraint_gets_the_variable_of_keras(self, wrap):
-        def constraint(weight):
-            assert isinstance(weight, keras.Variable)
-            return keras.ops.clip(weight.value, -0.25, 0.25)
+        class Clip(keras.constraints.Constraint):  # Keras 3.10 needs a class.
+            def __call__(self, weight):
+                assert isinstance(weight, keras.Variable)
+                return keras.ops.clip(weight.value, -0.25, 0.25)
 
-        layer = keras.layers.Dense(1, kernel_constraint=constraint)
+        layer = keras.layers.Dense(1, kernel_constraint=Clip())
         layer.build((1, 1))
         wrap(SGD(1.0)).apply([tf.ones((1, 1))], [layer.kernel])
         assert layer.kernel.numpy() == [[-0.25]]
