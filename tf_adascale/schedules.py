@@ -58,7 +58,7 @@ def scaled_iterations(total_steps: int, *, scale: float) -> int:
     Reference: Johnson et al. 2020, definition 3.
     """
     total_steps = _arguments.integer("total_steps", total_steps)
-    return math.ceil(total_steps / _exact(_checked_scale(scale)))
+    return math.ceil(total_steps / _exact(_arguments.scale(scale)))
 
 
 class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -73,7 +73,7 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
         super().__init__()
         _keras.check_backend()
         self.schedule = _checked_schedule(schedule)
-        self.scale = _checked_scale(scale)
+        self.scale = _arguments.scale(scale)
         self._base_steps_per_iteration = _exact(self.scale)
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
@@ -364,12 +364,6 @@ def _ramp(step, length):
 def _exact(number):
     """Returns a number's decimal notation as a fraction: 0.1 is 1/10."""
     return fractions.Fraction(str(number))
-
-
-def _checked_scale(scale):
-    return _arguments.positive_number(
-        "scale", scale, "the batch of one step divided by the base batch"
-    )
 
 
 def _checked_schedule(schedule):

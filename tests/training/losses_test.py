@@ -1,4 +1,4 @@
-"""The losses that Keras sums, apart from the others.
+"""Losses that a mean over micro-batches does not suit.
 
 `fidelity_test.py` trains with them.
 """
@@ -6,46 +6,88 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras.src.trainers.compile_utils import CompileLoss
 
+from tests import harness
 from tf_adascale.training import losses
 
 SUM = keras.losses.MeanAbsoluteError(reduction="sum")
 MEAN = keras.losses.MeanAbsoluteError()
 
-Y = np.zeros((3, 1), "float32")
-PREDICTED = np.array([[1.0], [2.0], [4.0]], "float32")
+Y = np.zeros((4, 1), "float32")
+PREDICTED = np.array([[1.0], [2.0], [4.0], [1.0]], "float32")
+
+
+def multiplied(*arguments, factor=3, **keywords):
+    compiled = CompileLoss(*arguments, **keywords)
+    losses.multiply_sums(compiled, lambda: factor)
+    return compiled
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [None, "mse", MEAN, [MEAN, "mse"], {"a": MEAN}, lambda y, x: x],
-    ids=["none", "name", "mean", "list", "dict", "function"],
+    "loss", ["mae", MEAN, lambda y, x: abs(x - y)], ids=["name", "mean", "own"]
 )
-def test_there_are_none(loss):
-    assert losses.summed(loss, None, None) is None
+def test_a_mean_is_as_it_was(loss):
+    assert float(multiplied(loss)(Y, PREDICTED)) == 2.0
 
 
-def test_weights_of_examples_count():
-    function = losses.summed(SUM, None, None)
-    # 1 + 2 + 4, and 1 + 2 * 0.5.
-    assert float(function(Y, PREDICTED, None)) == 7.0
-    weights = np.array([1.0, 0.5, 0.0], "float32")
-    assert float(function(Y, PREDICTED, weights)) == 2.0
+def test_no_loss_at_all():
+    assert multiplied(None)._user_loss is None
 
 
-@pytest.mark.parametrize("loss", [[SUM, MEAN, SUM], (SUM, "mse", SUM)])
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_sum_counts_several_times(factor):
+    compiled = multiplied(SUM, factor=factor)
+    assert float(compiled(Y, PREDICTED)) == 8.0 * factor
+    weights = np.array([1.0, 0.5, 0.0, 0.0], "float32")
+    assert float(compiled(Y, PREDICTED, weights)) == 2.0 * factor
+
+
+def test_the_factor_is_that_of_the_call():
+    factors = iter([2, 5])
+    compiled = CompileLoss(SUM)
+    losses.multiply_sums(compiled, lambda: next(factors))
+    assert [float(compiled(Y, PREDICTED)) for _ in range(2)] == [16.0, 40.0]
+
+
+@pytest.mark.parametrize("loss", [[SUM, MEAN, SUM], (SUM, "mae", SUM)])
 def test_of_several_outputs_the_weighted_sum(loss):
-    function = losses.summed(loss, [2.0, 100.0, 0.5], None)
-    # 2 * 7 + 0.5 * 14.
+    compiled = multiplied(loss, [2.0, 10.0, 0.5], output_names=["a", "b", "c"])
+    # 3 * 2 * 8 + 10 * 2 + 3 * 0.5 * 16.
     outputs = [PREDICTED, PREDICTED, 2 * PREDICTED]
-    assert float(function([Y] * 3, outputs, None)) == 21.0
+    assert float(compiled([Y] * 3, outputs)) == 92.0
+    logs = {metric.name: float(metric.result()) for metric in compiled.metrics}
+    assert logs == {"a_loss": 24.0, "b_loss": 2.0, "c_loss": 48.0}
 
 
 def test_of_outputs_by_name():
-    function = losses.summed(
-        {"a": MEAN, "b": SUM}, {"a": 100.0, "b": 3.0}, ["a", "b"]
+    compiled = multiplied(
+        {"a": MEAN, "b": SUM}, {"a": 10.0, "b": 3.0}, output_names=["a", "b"]
     )
-    received = function(
-        {"a": Y, "b": Y}, {"a": PREDICTED, "b": PREDICTED}, None
-    )
-    assert float(received) == 21.0  # 3 * 7.
+    received = compiled({"a": Y, "b": Y}, {"a": PREDICTED, "b": PREDICTED})
+    assert float(received) == 92.0  # 10 * 2 + 3 * 3 * 8.
+
+
+def test_a_mask_reaches_the_loss():
+    predicted = tf.constant(PREDICTED)
+    predicted._keras_mask = tf.constant([True, False, True, False])
+    assert float(multiplied(SUM)(Y, predicted)) == 15.0  # 3 * (1 + 4).
+
+
+@pytest.mark.parametrize("loss", [0.0, tf.constant(1.0)])
+def test_a_scalar_may_be_averaged(loss):
+    losses.check_is_scalar(loss)
+
+
+def test_a_loss_per_example_is_refused():
+    rule = "`compute_loss` must return a scalar with several micro-batches"
+    with harness.refused(rule, "a loss of shape (4, 1)"):
+        losses.check_is_scalar(tf.constant(Y))
+
+
+@pytest.mark.parametrize(
+    "loss", [None, "mse", SUM, [MEAN, "mse"], {"a": SUM}, lambda y, x: x]
+)
+def test_losses_with_a_reduction(loss):
+    losses.check(loss)

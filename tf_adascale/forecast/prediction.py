@@ -66,9 +66,7 @@ def iterations(
 
     Reference: Johnson et al. 2020, equation (3) and algorithm 2.
     """
-    scale = _arguments.positive_number(
-        "scale", scale, "the batch of one step divided by the base batch"
-    )
+    scale = _arguments.scale(scale)
     ends = np.array(record.scale_invariant_step)
     if total_steps is not None:
         total_steps = _arguments.positive_number(

@@ -75,6 +75,25 @@ def nonnegative_number(name: str, value: object, meaning: str = "") -> float:
     return number
 
 
+def scale(value: object) -> float:
+    """Returns the argument `scale` as a float.
+
+    Args:
+        value: the argument.
+
+    Raises:
+        ValueError: if `value` is not a finite number > 0.
+
+    Example:
+
+    >>> scale(8)
+    8.0
+    """
+    return positive_number(
+        "scale", value, "the batch of one step divided by the base batch"
+    )
+
+
 def number_in(
     name: str, value: object, interval: str, meaning: str = ""
 ) -> float:

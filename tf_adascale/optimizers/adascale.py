@@ -94,6 +94,8 @@ class AdaScale(wrapper.Wrapper):
     Distributed Training", ICML 2020.
     """
 
+    _FIXED = ("estimator", "preconditioned")
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
@@ -108,7 +110,7 @@ class AdaScale(wrapper.Wrapper):
         **kwargs: Any,
     ):
         if scale is not None:
-            scale = _checked_scale(scale)
+            scale = _arguments.scale(scale)
         _arguments.one_of("estimator", estimator, tuple(estimators.KINDS))
         if smoothing is not None:
             _arguments.number_in("smoothing", smoothing, "[0, 1)")
@@ -165,7 +167,7 @@ class AdaScale(wrapper.Wrapper):
         mean_sqnorm, gradients = self._reduced(
             gradients, sample_sqnorm_sum, divisors
         )
-        sqnorm_of_mean = _sqnorm(gradients, divisors)
+        sqnorm_of_mean = preconditioner.squared_norm(gradients, divisors)
         measurement = self._estimator.measure(
             estimators.Observation(
                 slots=self.slot_indices(variables),
@@ -203,12 +205,28 @@ class AdaScale(wrapper.Wrapper):
             ],
         )
 
+    def empty_step(self) -> inner_step.Step:
+        """Returns a step that counts as one base step, as in Keras."""
+        *_, whole, fraction = self._state_variables
+        step = self._state().step
+        return (
+            super()
+            .empty_step()
+            ._replace(
+                assignments=[
+                    (whole, step.whole + 1),
+                    (fraction, step.fraction),
+                    (self._counted_iterations, self.iterations + 1),
+                ]
+            )
+        )
+
     def _reduced(self, gradients, sample_sqnorm_sum, divisors):
         """Returns (1/n) sum |g_i|^2, or None, and g-bar, by one all-reduce."""
         if not self.needs_sample_sqnorms:
             return None, self._deduplicated(collectives.total(gradients))
         if sample_sqnorm_sum is None:
-            sample_sqnorm_sum = _sqnorm(gradients, divisors)
+            sample_sqnorm_sum = preconditioner.squared_norm(gradients, divisors)
         sqnorm_sum, *gradients = collectives.total(
             [tf.cast(sample_sqnorm_sum, tf.float32), *gradients]
         )
@@ -287,7 +305,9 @@ class AdaScale(wrapper.Wrapper):
         if self.preconditioned and not self.built:
             self.build(variables)
         pairs = overwrites.split(gradients, variables)
-        return _sqnorm(pairs.gradients, self._divisors(pairs.variables))
+        return preconditioner.squared_norm(
+            pairs.gradients, self._divisors(pairs.variables)
+        )
 
     def check_step(self, sample_sqnorm_sum: tf.Tensor | None) -> None:
         """Refuses a step whose gain cannot be estimated.
@@ -356,7 +376,7 @@ class AdaScale(wrapper.Wrapper):
         Returns:
             Scalar float32; 1 before the first step that measures anything.
         """
-        _checked_scale(scale)
+        _arguments.scale(scale)
         return gain_ops.current(
             self._state().averages,
             scale=scale,
@@ -402,15 +422,3 @@ class AdaScale(wrapper.Wrapper):
             "preconditioned": self.preconditioned,
             "scale_ema": self.scale_ema,
         }
-
-
-def _sqnorm(gradients, divisors):
-    """Returns a squared norm in the gain's units, scalar float32."""
-    gradients = preconditioner.precondition(gradients, divisors)
-    return tf.cast(norms.squared_norm(gradients), tf.float32)
-
-
-def _checked_scale(scale):
-    return _arguments.positive_number(
-        "scale", scale, "the batch of one step divided by the base batch"
-    )

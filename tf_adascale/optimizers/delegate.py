@@ -41,6 +41,7 @@ _SETTINGS = (
     "clipnorm",
     "clipvalue",
     "global_clipnorm",
+    "use_ema",
     "ema_momentum",
     "ema_overwrite_frequency",
     "gradient_accumulation_steps",
@@ -69,6 +70,8 @@ class Delegate(keras.optimizers.Optimizer):
     """
 
     inner_optimizer: keras.optimizers.Optimizer
+    # Attributes that nobody sets later.
+    _FIXED: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -153,7 +156,11 @@ class Delegate(keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+        # The inner optimizer drops its variable where a schedule replaces it.
+        innermost, given = self._innermost, self._learning_rate
+        innermost._learning_rate = given
+        innermost.learning_rate = learning_rate
+        self._take_rate_over()
 
     # Variables.
 
@@ -164,18 +171,21 @@ class Delegate(keras.optimizers.Optimizer):
         self._check_is_outermost()
         variables = list(variables)  # Keras's LossScaleOptimizer has a tuple.
         self._build_inner(variables)
+        object.__setattr__(self, "use_ema", False)  # Else averages are built.
         super().build(variables)
+        object.__delattr__(self, "use_ema")
 
     def _build_inner(self, variables):
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         if self._innermost.use_ema:
-            # keras.callbacks.SwapEMAWeights looks no deeper than this.
-            object.__setattr__(
-                self.inner_optimizer,
-                "_model_variables_moving_average",
-                self._innermost._model_variables_moving_average,
-            )
+            # keras.callbacks.SwapEMAWeights looks no deeper than these.
+            for optimizer in (self, self.inner_optimizer):
+                object.__setattr__(
+                    optimizer,
+                    "_model_variables_moving_average",
+                    self._innermost._model_variables_moving_average,
+                )
 
     @property
     def _innermost(self):
@@ -239,6 +249,8 @@ class Delegate(keras.optimizers.Optimizer):
             is_dynamic = loss_scale.is_dynamic(self.inner_optimizer)
             self._is_scaled_outside = value is None or is_dynamic
             self._innermost.loss_scale_factor = value
+        if name in self._FIXED and name in vars(self):
+            checks.refuse_to_set(type(self).__name__, name, value)
         if self._is_of_inner(name):
             setattr(self._innermost, name, value)
         else:
@@ -287,8 +299,6 @@ class Delegate(keras.optimizers.Optimizer):
         """Returns whether to set an attribute is to set the inner one's."""
         if name.startswith("_") or "inner_optimizer" not in vars(self):
             return False
-        if name == "use_ema":  # On both, both would build averages.
-            return True
         is_own = (
             name in vars(self)
             or hasattr(type(self), name)
@@ -341,16 +351,15 @@ class Delegate(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` saved.
 
-        If the saved model had no optimizer, or this one is not built, Keras
-        warns and loads none of it. So does this method for the state of an
-        optimizer that is no wrapper.
+        Warns and loads nothing, as Keras does, if this optimizer is not built
+        or the file has none, or one without a wrapper.
 
         Raises:
             ValueError: if it is the state of another wrapper or model.
         """
         keys = list(store.keys())  # Keras's stores have no iterator.
         if not self.built or not keys:
-            super().load_own_variables(store)
+            super().load_own_variables({})
         elif not saved_state.is_of_wrapper(keys):
             warnings.warn(
                 f"The state of `{self.name}` is not loaded: the file has that "
@@ -364,7 +373,12 @@ class Delegate(keras.optimizers.Optimizer):
 
     @property
     def _other_variables(self):
-        return self.inner_optimizer.variables + self._trainable_variables
+        # Those of float8 come at other places in a model that was loaded.
+        return self.inner_optimizer.variables + [
+            variable
+            for variable in self._trainable_variables
+            if not overwrites.is_overwritten(variable)
+        ]
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration, with the rate that the user gave."""

@@ -41,6 +41,7 @@ REPLACED = (
     "_apply_weight_decay",
     "_backend_apply_gradients",
     "_backend_update_step",
+    "_check_variables_are_known",
     "_distributed_tf_update_step",
     "_filter_empty_gradients",
     "_get_current_learning_rate",

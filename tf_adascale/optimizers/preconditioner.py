@@ -14,6 +14,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_adascale.ops import norms
+
 # Steps after which v-hat is an average worth dividing by. AdaptDL's number.
 WARM_STEPS = 5
 
@@ -128,6 +130,24 @@ def precondition(
         None if gradient is None else _divide(gradient, divisor)
         for gradient, divisor in zip(gradients, divisors)
     ]
+
+
+def squared_norm(
+    gradients: list[Any], divisors: list[tf.Tensor] | None
+) -> tf.Tensor:
+    """Returns the squared norm of preconditioned gradients, scalar float32.
+
+    Args:
+        gradients: as for `precondition`.
+        divisors: likewise.
+
+    Example:
+
+    >>> float(squared_norm([tf.constant([3.0])], [tf.constant([6.0])]))
+    0.25
+    """
+    preconditioned = precondition(gradients, divisors)
+    return tf.cast(norms.squared_norm(preconditioned), tf.float32)
 
 
 def _divide(gradient, divisor):

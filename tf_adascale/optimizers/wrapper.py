@@ -42,6 +42,7 @@ class Wrapper(delegate.Delegate):
 
     and may override
 
+        empty_step()              the step without gradients of weights
         check_step(...)           refuses a step that cannot be planned
         needs_sample_sqnorms      whether `apply` needs `sample_sqnorm_sum`
         sample_sqnorm(...)        the squared norm of one gradient sample
@@ -104,6 +105,10 @@ class Wrapper(delegate.Delegate):
             loss_scale: scalar, to be divided out, or None for 1.
         """
         raise NotImplementedError
+
+    def empty_step(self) -> inner_step.Step:
+        """Returns the step to take where only overwritten variables change."""
+        return inner_step.Step([], tf.constant(True), learning_rate=0.0)
 
     def check_step(self, sample_sqnorm_sum: tf.Tensor | None) -> None:
         """Raises a ValueError if `plan_step` cannot plan from the arguments.
@@ -244,7 +249,7 @@ class Wrapper(delegate.Delegate):
                 gradients=self._innermost._clip_gradients(gradients)
             )
         else:
-            step = inner_step.Step([], tf.constant(True), learning_rate=0.0)
+            step = self.empty_step()
         if not pairs.overwritten:
             return step
         assignments, finite = overwrites.assignments(pairs)

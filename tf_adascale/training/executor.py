@@ -10,6 +10,7 @@ And on `_keras_mask`, where Keras keeps a tensor's mask. Checked on Keras 3.10
 to 3.15.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -177,7 +178,10 @@ def without_optionals(batch: Any) -> Any:
 
 
 class CompiledPass:
-    """A function compiled by XLA, and the variables that it was traced for.
+    """A function compiled by XLA, for one graph that calls it.
+
+    Another graph gets another one, because what the function reads from Python,
+    such as attributes of a model, may have changed when that graph is made.
 
     Not a tuple, in which Keras would find the variables.
 
@@ -194,13 +198,16 @@ class CompiledPass:
 
     def __init__(self, function: Callable[..., Any], variables: list[Any]):
         self._variables = list(variables)
+        self._graph = weakref.ref(tf.compat.v1.get_default_graph())
         self.function = tf.function(
             function, autograph=False, jit_compile=True, reduce_retracing=True
         )
 
     def is_of(self, variables: list[Any]) -> bool:
-        """Returns whether these are the variables that it was traced for."""
-        return list(map(id, variables)) == list(map(id, self._variables))
+        """Returns whether it is for this graph and for these variables."""
+        return self._graph() is tf.compat.v1.get_default_graph() and list(
+            map(id, variables)
+        ) == list(map(id, self._variables))
 
 
 def masks(tensors: Any) -> Any:

@@ -138,6 +138,12 @@ def summed(
             *tf.nest.map_structure(lambda x: None if x is None else x[0], parts)
         ).structured_outputs
     )
+    if any(x.shape.rank == 0 for x in _present(first.outputs)):
+        raise ValueError(
+            "`microbatches` must be 1 for a model with an output that has no "
+            "batch axis, which cannot be joined from its parts. Received: "
+            f"microbatches={count}, outputs={first.outputs}"
+        )
     levels = count.bit_length() if merge else 1
     tree = [_zeros(first.samples) for _ in range(levels)]
     maxima = [tf.fill(x.shape, x.dtype.min) for x in _present(first.maxima)]

@@ -16,6 +16,7 @@ these are
     _maybe_symbolic_build    builds a model from an iterator's first batch
     _symbolic_build          builds a model from a batch
     _distribute_strategy     the strategy the model was made under, or None
+    _compile_loss            the compiled losses, or None
     _compute_loss            calls `compute_loss` with what it takes
     _call_has_training_arg   whether `call` takes `training`
     _loss_tracker            the metric `loss`
@@ -71,7 +72,6 @@ class Model(keras.Model):
         else:
             super().__init__(*args, **kwargs)
         self.microbatches = 1
-        self._summed_loss = None
         self._is_in_sample = False
         self._has_split = False
 
@@ -131,10 +131,8 @@ class Model(keras.Model):
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
         if microbatches > 1 and not is_wrapper:
             checks.check_has_no_wrapper(optimizer, wrapper.Wrapper)
-        summed_loss = None
         if microbatches > 1:
-            names = getattr(self, "output_names", None)
-            summed_loss = losses.summed(loss, loss_weights, names)
+            losses.check(loss)
         super().compile(
             optimizer,
             loss=loss,
@@ -151,7 +149,11 @@ class Model(keras.Model):
             optimizer.microbatches = microbatches
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.scale_inside()
-        self._summed_loss = summed_loss
+        if self._compile_loss is not None:
+            losses.multiply_sums(
+                self._compile_loss,
+                lambda: self.microbatches if self._is_in_sample else 1,
+            )
         self._compiled_pass = None
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -226,31 +228,6 @@ class Model(keras.Model):
             )
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> tf.Tensor:
-        """Returns the loss as `keras.Model.compute_loss` does.
-
-        Of one micro-batch, a compiled loss that is a sum counts once for each
-        micro-batch, because their losses are averaged.
-        """
-        loss = super().compute_loss(
-            x=x,
-            y=y,
-            y_pred=y_pred,
-            sample_weight=sample_weight,
-            training=training,
-        )
-        if self._is_in_sample and self._summed_loss is not None:
-            others = self.microbatches - 1
-            loss += others * self._summed_loss(y, y_pred, sample_weight)
-        return loss
-
     def _compiled(self):
         """Returns `_gradients` compiled by XLA for the present variables."""
         compiled = self._compiled_pass
@@ -278,10 +255,10 @@ class Model(keras.Model):
         if count == 1:
             return self._sample(x, y, sample_weight)
 
-        variables = self.trainable_variables
-
         def sample(*part):
             gradients, sqnorm, loss, outputs = self._sample(*part)
+            losses.check_is_scalar(loss)
+            variables = self.trainable_variables  # `_sample` may build some.
             dense = [
                 None if g is None else tf.ensure_shape(g, v.shape)
                 for g, v in zip(gradients, variables)
@@ -298,7 +275,9 @@ class Model(keras.Model):
         means = result.samples
         if merge is None:
             means = [None if g is None else g / count for g in means]
-        gradients = overwrites.join(means, result.maxima, variables)
+        gradients = overwrites.join(
+            means, result.maxima, self.trainable_variables
+        )
         sqnorm, loss = result.terms
         return gradients, sqnorm, loss / count, result.outputs
 
@@ -345,6 +324,9 @@ class Model(keras.Model):
     def _checked_train_step(self, data):
         """Takes the training step, which must take the micro-batches."""
         self._has_split = False
+        if isinstance(self.optimizer, wrapper.Wrapper):
+            # Another model may have compiled with it since.
+            self.optimizer.microbatches = self.microbatches
         logs = self.train_step(data)
         if self.microbatches > 1 and not self._has_split:
             raise ValueError(
