@@ -642,3 +642,14 @@ class TestRefused:
             ),
         ):
             optimizer.apply([tf.ones(1)], [weight])
+
+
+@pytest.mark.parametrize(
+    "name, value", [("estimator", "differenced"), ("preconditioned", True)]
+)
+def test_what_the_constructor_makes_is_not_set_later(name, value):
+    optimizer = AdaScale(keras.optimizers.SGD())
+    before = getattr(optimizer, name)
+    with harness.refused(f"`{name}` must be passed to the constructor of Ada"):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) == before

@@ -271,6 +271,8 @@ class TestFollowsTheInnerOptimizer:
         optimizer = wrap(SGD(1.0))
         assert optimizer.clipnorm is None
         optimizer.clipnorm = 0.5
+        optimizer.use_ema = True
+        assert optimizer.inner_optimizer.use_ema is optimizer.use_ema is True
         assert optimizer.inner_optimizer.clipnorm == optimizer.clipnorm == 0.5
         assert weight_after_steps(optimizer, steps=1) == [-0.5]
 

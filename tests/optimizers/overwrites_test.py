@@ -163,6 +163,29 @@ def test_only_overwritten_variables():
         variable.assign([5.0])
 
 
+@pytest.mark.parametrize("mode", harness.MODES)
+def test_a_step_of_them_alone_is_one_base_step(mode):
+    """As Keras counts it; the gain before does not come back."""
+    optimizer = AdaScale(SGD(0.1), scale=4, estimator="differenced")
+    weight = keras.Variable([1.0, 2.0])
+    scale = marked(keras.Variable(1.0))
+    optimizer.build([weight, scale])
+
+    @harness.MODES[mode]
+    def step(*gradients):
+        optimizer.apply(gradients, [weight, scale][-len(gradients) :])
+
+    for sign in (1, -1, 1, -1):
+        step(tf.constant([0.3 * sign, 0.1]), tf.constant(2.0))
+    before = float(optimizer.scale_invariant_step)
+    assert before > 4.1
+    for value in (3.0, 4.0):
+        step(tf.constant(value))
+    assert scale.numpy() == 4.0
+    assert int(optimizer.iterations) == 6
+    assert float(optimizer.scale_invariant_step) == pytest.approx(before + 2)
+
+
 def test_the_averages_end_in_the_other_weights():
     weight, scale = keras.Variable([0.0]), marked(keras.Variable([5.0]))
     optimizer = AdaScale(SGD(1.0, use_ema=True, ema_momentum=0.5))

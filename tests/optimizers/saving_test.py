@@ -285,6 +285,65 @@ class TestSavedConfig:
         np.testing.assert_allclose(rate, 0.5 * gain / (1 + tau), rtol=1e-6)
 
 
+def assert_loads(model, path):
+    model.save(path)
+    assert_same_state(keras.saving.load_model(path), model)
+
+
+@pytest.mark.parametrize("model_class", [keras.Model, Model])
+@pytest.mark.parametrize(
+    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
+)
+def test_a_model_of_float8_loads(wrap, model_class, tmp_path):
+    """Loading makes its scales before the kernel, training after it."""
+    model = harness.dense_model(model_class, hidden=[])
+    model.layers[-1].quantize("float8")
+    model.compile(wrap(keras.optimizers.Adam(schedule())), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "saved.keras")
+    loaded = keras.saving.load_model(tmp_path / "saved.keras")
+    assert int(loaded.optimizer.iterations) == 0
+    x, y = harness.regression(8)
+    for each in (model, loaded):
+        harness.fit(each, x, y, batch_size=4)
+    np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
+
+
+@pytest.mark.parametrize("model_class", [keras.Model, Model])
+@pytest.mark.parametrize("place", ["wrapper", "inner"])
+def test_a_schedule_in_the_place_of_a_number(place, model_class, tmp_path):
+    model = harness.dense_model(model_class)
+    optimizer = AdaScale(keras.optimizers.SGD(0.1, momentum=0.9), scale=1)
+    model.compile(optimizer, "mse")
+    harness.fit(model, *harness.regression(8), batch_size=4)
+    where = optimizer if place == "wrapper" else optimizer.inner_optimizer
+    where.learning_rate = schedule()
+    assert_loads(model, tmp_path / "saved.keras")
+
+
+@pytest.mark.parametrize(
+    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
+)
+@pytest.mark.parametrize("rate", [schedule, lambda: 0.1])
+def test_weights_of_the_same_before_it_is_built(rate, wrap, tmp_path):
+    """Keras warns that it leaves the optimizer as it is."""
+    models = [
+        harness.dense_model(Model, units=units, hidden=[]) for units in (2, 2)
+    ]
+    for model in models:
+        model.compile(wrap(keras.optimizers.RMSprop(rate())), "mse")
+    harness.fit(models[0], *harness.regression(8), batch_size=4)
+    path = save(models[0], tmp_path, "weights")
+    optimizer = models[1].optimizer
+    with (
+        harness.untouched(*TestStateOfAnotherModel.own(models[1])),
+        pytest.warns(UserWarning, match="Skipping variable loading"),
+    ):
+        models[1].load_weights(path)
+    assert not optimizer.built
+    np.testing.assert_equal(models[1].get_weights(), models[0].get_weights())
+
+
 STRANGERS = {
     "other_estimator": OPTIMIZERS["differenced"],
     "other_inner_optimizer": lambda: AdaScale(

@@ -226,18 +226,24 @@ class TestLearningRate:
         np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_swap_ema_weights_finds_the_averages_inside(dynamic):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        AdaScale,
+        lambda sgd: AdaScale(LossScaleOptimizer(sgd)),
+        lambda sgd: LossScaleOptimizer(AdaScale(sgd)),
+    ],
+    ids=["plain", "scaled", "scaled_outside"],
+)
+def test_swap_ema_weights_finds_the_averages_inside(wrap):
     """Keras's SwapEMAWeights finds the inner optimizer's averages."""
-    inner = SGD(0.1, use_ema=True, ema_momentum=0.5)
-    if dynamic:
-        inner = LossScaleOptimizer(inner)
+    optimizer = wrap(SGD(0.1, use_ema=True, ema_momentum=0.5))
     inputs = keras.Input((1,))
     outputs = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(
         inputs
     )
     model = keras.Model(inputs, outputs)
-    model.compile(AdaScale(inner), "mse", auto_scale_loss=False)
+    model.compile(optimizer, "mse", auto_scale_loss=False)
     seen = []
     look = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: seen.append(

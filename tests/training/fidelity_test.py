@@ -296,7 +296,7 @@ class TestLossesThatKerasDoesNotDivide:
 
         x, y = harness.regression(16)
         data = harness.batches(x, {"a": y, "b": 2 * y}, BATCH)
-        models = []
+        models, logs = [], []
         for model_class, more in (
             (keras.Model, {}),
             (Model, {"microbatches": 2}),
@@ -309,9 +309,11 @@ class TestLossesThatKerasDoesNotDivide:
                 loss_weights={"a": 0.5, "b": 7.0},
                 **more,
             )
-            harness.fit(model, data, epochs=2)
+            history = harness.fit(model, data, epochs=2).history
             models.append(model)
+            logs.append([history[f"{name}loss"] for name in ("", "a_", "b_")])
         assert_same_weights(*models)
+        np.testing.assert_allclose(*logs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -387,6 +389,46 @@ class TestTrainFunctionMadeAgain:
             model.train_on_batch(x, y)
             np.testing.assert_array_equal(model.get_weights()[0], before)
         assert_same_weights(*models, atol=1e-5)
+
+    def test_an_attribute_set_between_methods(self, jit_compile, microbatches):
+        def penalized(model_class):
+            class Own(model_class):
+                penalty = 0.0
+
+                def build(self, shape):
+                    self.head.build(shape)
+
+                def call(self, inputs):
+                    return self.head(inputs)
+
+                def compute_loss(
+                    self, x=None, y=None, y_pred=None, *args, **kwargs
+                ):
+                    loss = super().compute_loss(x, y, y_pred, *args, **kwargs)
+                    return loss + self.penalty * tf.reduce_mean(y_pred**2)
+
+            keras.utils.set_random_seed(0)
+            model = Own()
+            model.head = keras.layers.Dense(1)
+            return model
+
+        x, y = harness.regression(8, width=4)
+        models = penalized(keras.Model), penalized(Model)
+        optimizers = [AdaScale(sgd(), scale=1) for _ in models]
+        models[0].compile(optimizers[0], "mse", jit_compile=False)
+        models[1].compile(
+            optimizers[1],
+            "mse",
+            jit_compile=jit_compile,
+            microbatches=microbatches,
+        )
+        for model in models:
+            harness.fit(model, x, y, batch_size=8)
+            model.penalty = 5.0
+            model.train_on_batch(x, y)
+            model.penalty = 0.0
+            harness.fit(model, x, y, batch_size=8)
+        assert_same_weights(*models)
 
     def test_with_a_batch_of_another_size(self, jit_compile, microbatches):
         """Keras traces its step again, without being asked to."""
@@ -695,6 +737,77 @@ class TestMicrobatchesAreTaken:
         with harness.refused("`loss` must have a reduction", "loss=<"):
             model.compile("sgd", loss, microbatches=2)
         assert not model.compiled
+
+    @staticmethod
+    def own_loss(loss, **layers):
+        """Returns a model whose loss is a function of it and the data."""
+
+        class Own(Model):
+            def build(self, shape):
+                """Builds no layer, and Keras does not warn of that."""
+
+            def call(self, inputs):
+                return self.body(inputs) if "body" in layers else inputs
+
+            def compute_loss(
+                self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs
+            ):
+                return loss(self, y, y_pred)
+
+        keras.utils.set_random_seed(0)
+        model = Own()
+        for name, layer in layers.items():
+            setattr(model, name, layer)
+        return model
+
+    def test_a_loss_per_example(self):
+        model = self.own_loss(
+            lambda model, y, y_pred: tf.reduce_sum((y - y_pred) ** 2, -1),
+            body=keras.layers.Dense(1),
+        )
+        model.compile(at_scale_1(), microbatches=2)
+        with harness.refused(
+            "`compute_loss` must return a scalar", "a loss of shape (4,)"
+        ):
+            harness.fit(model, *harness.regression(8), batch_size=8)
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("names", ["head", "body head"])
+    def test_layers_that_only_the_loss_builds(self, names, jit_compile):
+        found = []
+        for microbatches in (1, 2):
+            model = self.own_loss(
+                lambda model, y, y_pred: tf.reduce_mean(
+                    (y - model.head(y_pred)) ** 2
+                ),
+                **{name: keras.layers.Dense(1) for name in names.split()},
+            )
+            model.compile(
+                at_scale_1(), microbatches=microbatches, jit_compile=jit_compile
+            )
+            harness.fit(model, *harness.regression(8), batch_size=8, epochs=2)
+            found.append(model)
+        assert_same_weights(*found)
+
+    @pytest.mark.parametrize("auxiliary", [tf.reduce_sum, lambda x: 1.0])
+    def test_an_output_without_a_batch(self, auxiliary):
+        class Own(Model):
+            def call(self, inputs):
+                return {"y": inputs, "auxiliary": auxiliary(inputs)}
+
+        model = Own()
+        model.compile(at_scale_1(), {"y": "mse"}, microbatches=2)
+        x, y = harness.regression(8)
+        with harness.refused("`microbatches` must be 1 for a model with an"):
+            harness.fit(model, x, {"y": y}, batch_size=8)
+
+    def test_by_an_optimizer_that_two_models_have(self):
+        optimizer = AdaScale(sgd(), estimator="differenced")
+        model, other = harness.dense_model(Model), harness.dense_model(Model)
+        model.compile(optimizer, "mse", microbatches=4)
+        other.compile(optimizer, "mse")
+        harness.fit(model, *harness.regression(8), batch_size=8)
+        assert optimizer.scale == 4
 
     @pytest.mark.parametrize("wrap", [tf_adascale.Adasum, AdaScale])
     def test_a_train_step_without_them(self, wrap):

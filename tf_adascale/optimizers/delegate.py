@@ -13,6 +13,7 @@ these are
     _trainable_variables             the variables an optimizer was built on
     _distribution_strategy           the strategy an optimizer was made under
     _model_variables_moving_average  the slots of `use_ema`
+    _untrack_variable                ends that a variable is saved
 """
 
 import inspect
@@ -70,8 +71,7 @@ class Delegate(keras.optimizers.Optimizer):
     """
 
     inner_optimizer: keras.optimizers.Optimizer
-    # Attributes that nobody sets later.
-    _FIXED: tuple[str, ...] = ()
+    _FIXED: tuple[str, ...] = ()  # Attributes that nobody sets later.
 
     def __init__(
         self,
@@ -134,11 +134,13 @@ class Delegate(keras.optimizers.Optimizer):
         """Makes a rate set on the inner optimizer this one's."""
         if "inner_optimizer" not in vars(self):
             return
-        innermost = self._innermost
-        if innermost._learning_rate is not self._effective_rate:
-            # A variable stays where it is saved, among those of the inner
-            # optimizer. __setattr__ would track it here as well.
-            object.__setattr__(self, "_given_rate", innermost._learning_rate)
+        innermost, before = self._innermost, self._given_rate
+        rate = innermost._learning_rate
+        if rate is not self._effective_rate:
+            if isinstance(before, keras.Variable) and rate is not before:
+                innermost._untrack_variable(before)
+            # The inner one saves a variable. __setattr__ would track it too.
+            object.__setattr__(self, "_given_rate", rate)
             innermost._learning_rate = self._effective_rate
 
     @property
@@ -156,9 +158,8 @@ class Delegate(keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        # The inner optimizer drops its variable where a schedule replaces it.
-        innermost, given = self._innermost, self._learning_rate
-        innermost._learning_rate = given
+        innermost = self._innermost
+        innermost._learning_rate = self._learning_rate
         innermost.learning_rate = learning_rate
         self._take_rate_over()
 
@@ -322,9 +323,7 @@ class Delegate(keras.optimizers.Optimizer):
         var_names: list[str] | None = None,
     ) -> None:
         """Excludes variables from the inner optimizer's weight decay."""
-        self._innermost.exclude_from_weight_decay(
-            var_list=var_list, var_names=var_names
-        )
+        self._innermost.exclude_from_weight_decay(var_list, var_names)
 
     def __repr__(self):
         parameters = inspect.signature(type(self)).parameters.values()

@@ -364,9 +364,8 @@ class Model(keras.Model):
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Builds an unbuilt model from one replica's part of a batch."""
         strategy = self.distribute_strategy
-        deferred = self.built or self.microbatches == 1
-        if self._distribute_strategy is None and deferred:
-            return
+        if self._distribute_strategy is None:
+            return  # The first step builds it.
         if iterator is not None:
             *_, batches = next(iter(iterator))
             data_batch = executor.without_optionals(next(batches))
