@@ -17,8 +17,8 @@ def test_import_without_tensorflow_says_what_to_install():
     assert process.returncode == 1
     assert process.stderr.rstrip().endswith(
         "ImportError: tf_adascale needs one of TensorFlow's builds, which "
-        "exclude each other. Install the one for your hardware: pip install "
-        '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
+        "exclude each other. Install the one for your hardware by the extra "
+        'cpu, gpu or tpu of this package, in a clone by pip install ".[cpu]".'
     )
 
 

@@ -5,8 +5,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "tf_adascale needs one of TensorFlow's builds, which exclude each "
-        "other. Install the one for your hardware: pip install "
-        '"tf_adascale[cpu]", "tf_adascale[gpu]" or "tf_adascale[tpu]".'
+        "other. Install the one for your hardware by the extra cpu, gpu or "
+        'tpu of this package, in a clone by pip install ".[cpu]".'
     ) from error
 
 import warnings as _warnings

@@ -25,12 +25,20 @@ def claim(directory, wanted, *, may_change=frozenset(), write=True):
     if os.path.exists(path):
         with open(path) as file:
             found = json.load(file)
-        changed = {key for key in wanted if found.get(key) != wanted[key]}
-        if changed - may_change:
+        changed = [
+            key
+            for key in wanted
+            if found.get(key) != wanted[key] and key not in may_change
+        ]
+        if changed:
+            theirs, received = (
+                {key: settings.get(key) for key in changed}
+                for settings in (found, wanted)
+            )
             raise ValueError(
-                "`model_dir` must be new or belong to the same run. Use the "
-                f"settings of that run, {found}, to resume it, or another "
-                f"directory. Received: {wanted}, model_dir={directory!r}"
+                "`model_dir` must be new or belong to the same run. Use "
+                f"{theirs} to resume the one that it belongs to, or another "
+                f"directory. Received: {received}, model_dir={directory!r}"
             )
     if write and found != wanted:
         os.makedirs(directory, exist_ok=True)

@@ -455,8 +455,13 @@ def _claim(settings, task, interval, *, write):
     may_change = set()
     if adaptive and not settings.elastic:
         may_change = {"scale", "steps_per_row"}
+    # What a finished run was made with does not change any more.
+    finished = os.path.exists(_path(settings, "result.json"))
     model_directory.claim(
-        settings.model_dir, wanted, may_change=may_change, write=write
+        settings.model_dir,
+        wanted,
+        may_change=may_change,
+        write=write and not finished,
     )
 
 

@@ -60,6 +60,6 @@ class TestPicture:
 
     def test_needs_matplotlib(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError, match=r"tf_adascale\[plot\]"):
+        with pytest.raises(ImportError, match="pip install matplotlib"):
             forecast.picture(ROWS, tmp_path / "forecast.png")
         assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def picture(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise ImportError(
             "`picture` needs matplotlib, which is not installed. Install it "
-            'with pip install "tf_adascale[plot]".'
+            "with pip install matplotlib."
         ) from error
     rows = sorted(rows)
     labelled = rows[:: math.ceil(len(rows) / 12)]

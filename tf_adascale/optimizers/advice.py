@@ -48,7 +48,8 @@ def warn_of_one_sample(name: str) -> None:
         "it trains like its inner optimizer. If the batch is larger than the "
         "one that the learning rate was tuned for, pass `microbatches` to "
         "tf_adascale.Model.compile, one for each base batch in a replica's "
-        "batch, or train on several replicas. If it is not, pass scale=1 to "
-        "omit this warning.",
+        "batch, or train on several replicas, or pass `scale` and "
+        'estimator="differenced". If it is not, pass scale=1 to omit this '
+        "warning.",
         stacklevel=3,
     )

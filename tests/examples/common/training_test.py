@@ -511,11 +511,22 @@ class TestClaim:
         with pytest.raises(
             ValueError,
             match=r"^`model_dir` must be new or belong to the same run\. Use "
-            r"the settings of that run, \{.*\}, to resume it, or another "
+            r"\{.*\} to resume the one that it belongs to, or another "
             r"directory\. Received: \{.*\}, model_dir='",
         ):
             self.claim(tmp_path, **{**given, **changed})
         assert self.content(tmp_path) == before
+
+    def test_the_error_names_what_differs(self, tmp_path):
+        self.claim(tmp_path, smoothing=0.5, seed=1)
+        with harness.refused("`model_dir` must", "{'smoothing': None}, model"):
+            self.claim(tmp_path, seed=1)
+
+    def test_what_a_finished_run_was_made_with_stays(self, tmp_path):
+        self.claim(tmp_path)
+        (tmp_path / "run" / "result.json").write_text("{}")
+        self.claim(tmp_path, scale=8)
+        assert json.loads(self.content(tmp_path))["scale"] == 2
 
     def test_only_the_chief_writes(self, tmp_path):
         self.claim(tmp_path, write=False)
