@@ -653,3 +653,4 @@ def test_what_the_constructor_makes_is_not_set_later(name, value):
     with harness.refused(f"`{name}` must be passed to the constructor of Ada"):
         setattr(optimizer, name, value)
     assert getattr(optimizer, name) == before
+    setattr(optimizer, name, before)

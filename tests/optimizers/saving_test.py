@@ -285,11 +285,6 @@ class TestSavedConfig:
         np.testing.assert_allclose(rate, 0.5 * gain / (1 + tau), rtol=1e-6)
 
 
-def assert_loads(model, path):
-    model.save(path)
-    assert_same_state(keras.saving.load_model(path), model)
-
-
 @pytest.mark.parametrize("model_class", [keras.Model, Model])
 @pytest.mark.parametrize(
     "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
@@ -310,15 +305,43 @@ def test_a_model_of_float8_loads(wrap, model_class, tmp_path):
 
 
 @pytest.mark.parametrize("model_class", [keras.Model, Model])
+@pytest.mark.parametrize("kind", ["model", "weights"])
 @pytest.mark.parametrize("place", ["wrapper", "inner"])
-def test_a_schedule_in_the_place_of_a_number(place, model_class, tmp_path):
-    model = harness.dense_model(model_class)
-    optimizer = AdaScale(keras.optimizers.SGD(0.1, momentum=0.9), scale=1)
-    model.compile(optimizer, "mse")
-    harness.fit(model, *harness.regression(8), batch_size=4)
-    where = optimizer if place == "wrapper" else optimizer.inner_optimizer
+def test_a_schedule_in_the_place_of_a_number(
+    place, kind, model_class, tmp_path
+):
+    def make(rate=0.1):
+        model = harness.dense_model(model_class)
+        optimizer = AdaScale(keras.optimizers.SGD(rate, momentum=0.9), scale=1)
+        model.compile(optimizer, "mse")
+        optimizer.build(model.trainable_variables)
+        return model
+
+    model = scrambled(make())
+    where = model.optimizer
+    if place == "inner":
+        where = where.inner_optimizer
     where.learning_rate = schedule()
-    assert_loads(model, tmp_path / "saved.keras")
+    path = save(model, tmp_path, kind)
+    loaded = restored(path, kind, lambda: make(schedule()))
+    assert_same_state(loaded, model)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@pytest.mark.parametrize("model_class", [keras.Model, Model])
+@pytest.mark.parametrize(
+    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
+)
+def test_a_model_that_never_trained_loads(wrap, model_class, tmp_path):
+    model = harness.dense_model(model_class)
+    model.compile(wrap(keras.optimizers.Adam(schedule())), "mse")
+    model.save(tmp_path / "saved.keras")
+    loaded = keras.saving.load_model(tmp_path / "saved.keras")
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    x, y = harness.regression(8)
+    for each in (model, loaded):
+        harness.fit(each, x, y, batch_size=4)
+    np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,10 @@ class Delegate(keras.optimizers.Optimizer):
         variables = list(variables)  # Keras's LossScaleOptimizer has a tuple.
         self._build_inner(variables)
         object.__setattr__(self, "use_ema", False)  # Else averages are built.
-        super().build(variables)
-        object.__delattr__(self, "use_ema")
+        try:
+            super().build(variables)
+        finally:
+            object.__delattr__(self, "use_ema")
 
     def _build_inner(self, variables):
         if not self.inner_optimizer.built:
@@ -205,6 +207,7 @@ class Delegate(keras.optimizers.Optimizer):
     @property
     def variables(self) -> list[Any]:
         """List: this optimizer's own variables, then the inner one's."""
+        self._take_rate_over()  # A schedule may have replaced a variable.
         return self._variables + self.inner_optimizer.variables
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -250,7 +253,7 @@ class Delegate(keras.optimizers.Optimizer):
             is_dynamic = loss_scale.is_dynamic(self.inner_optimizer)
             self._is_scaled_outside = value is None or is_dynamic
             self._innermost.loss_scale_factor = value
-        if name in self._FIXED and name in vars(self):
+        if name in self._FIXED and vars(self).get(name, value) != value:
             checks.refuse_to_set(type(self).__name__, name, value)
         if self._is_of_inner(name):
             setattr(self._innermost, name, value)
@@ -344,8 +347,12 @@ class Delegate(keras.optimizers.Optimizer):
     # Saving. Keras saves the inner optimizer by itself: it is an attribute.
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves this optimizer's own variables, and all other shapes."""
-        saved_state.save(store, self._variables, self._other_variables)
+        """Saves this optimizer's own variables, and all other shapes.
+
+        One that is not built saves nothing, which is loaded with a warning.
+        """
+        if self.built:
+            saved_state.save(store, self._variables, self._other_variables)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` saved.
@@ -373,7 +380,7 @@ class Delegate(keras.optimizers.Optimizer):
     @property
     def _other_variables(self):
         # Those of float8 come at other places in a model that was loaded.
-        return self.inner_optimizer.variables + [
+        return self.variables[len(self._variables) :] + [
             variable
             for variable in self._trainable_variables
             if not overwrites.is_overwritten(variable)
@@ -399,27 +406,3 @@ class Delegate(keras.optimizers.Optimizer):
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
         return cls(inner, **config)
-
-
-def with_scale_inside(
-    optimizer: keras.optimizers.Optimizer,
-) -> keras.optimizers.Optimizer:
-    """Returns an optimizer whose loss scale, if any, is inside the wrapper.
-
-    Args:
-        optimizer: Keras optimizer, possibly a `LossScaleOptimizer` around a
-            `Delegate`, which then changes places with it.
-
-    Example:
-
-    >>> sgd = keras.optimizers.SGD()
-    >>> with_scale_inside(sgd) is sgd
-    True
-    """
-    inner = loss_scale.unwrap(optimizer)
-    if not isinstance(inner, Delegate):
-        return optimizer
-    if inner is not optimizer:
-        inner.scale_inside(optimizer)
-    inner._is_scaled_outside = False
-    return inner

@@ -300,3 +300,27 @@ class Wrapper(delegate.Delegate):
             otherwise=skip,
             other_values=([value for _, value in skipped],),
         )
+
+
+def with_scale_inside(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.Optimizer:
+    """Returns an optimizer whose loss scale, if any, is inside the wrapper.
+
+    Args:
+        optimizer: Keras optimizer, possibly a `LossScaleOptimizer` around a
+            `Wrapper`, which then changes places with it.
+
+    Example:
+
+    >>> sgd = keras.optimizers.SGD()
+    >>> with_scale_inside(sgd) is sgd
+    True
+    """
+    inner = loss_scale.unwrap(optimizer)
+    if not isinstance(inner, Wrapper):
+        return optimizer
+    if inner is not optimizer:
+        inner.scale_inside(optimizer)
+    inner._is_scaled_outside = False
+    return inner

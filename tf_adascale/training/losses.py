@@ -3,8 +3,8 @@
 That suits a mean over the examples. Keras sums a loss with `reduction="sum"`:
 over the whole batch it is k times the average of k micro-batches.
 
-Relies on `CompileLoss` and its `_user_loss`, the losses that it was made of,
-which Keras does not document. Checked on Keras 3.10 to 3.15.
+Relies on `CompileLoss` and its `_flat_losses`, which `build` makes and Keras
+does not document. Checked on Keras 3.10 to 3.15.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def check_is_scalar(loss: Any) -> None:
     >>> check_is_scalar(tf.constant(1.0))
     """
     shape = tf.convert_to_tensor(loss).shape
-    if shape.rank != 0:
+    if shape.num_elements() != 1:
         raise ValueError(
             "`compute_loss` must return a scalar with several micro-batches; "
             "Keras sums the gradients of a loss per example. Return their "
@@ -74,25 +74,23 @@ def multiply_sums(compiled: CompileLoss, factor: Callable[[], int]) -> None:
     >>> float(compiled(tf.constant([[1.0], [2.0]]), tf.zeros((2, 1))))
     6.0
     """
-    compiled._user_loss = keras.tree.map_structure(
-        lambda loss: (
-            _Multiplied(loss, factor)
-            if getattr(loss, "reduction", None) == "sum"
-            else loss
-        ),
-        compiled._user_loss,
-    )
+    build = compiled.build
 
+    def multiplied(loss):
+        def call(*args):
+            times, value = factor(), loss(*args)
+            return value if times == 1 else times * value
 
-class _Multiplied(keras.losses.Loss):
-    """A loss times a factor, under the name of the loss."""
+        return call
 
-    def __init__(self, loss, factor):
-        super().__init__(name=loss.name, reduction="sum")
-        self._loss = loss
-        self._factor = factor
+    def build_and_multiply(y_true, y_pred):
+        build(y_true, y_pred)
+        # Keras has made losses of names, classes and functions.
+        compiled._flat_losses = [
+            one._replace(loss=multiplied(one.loss))
+            if one.loss.reduction == "sum"
+            else one
+            for one in compiled._flat_losses
+        ]
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        loss = self._loss(y_true, y_pred, sample_weight)
-        factor = self._factor()
-        return loss if factor == 1 else factor * loss
+    compiled.build = build_and_multiply

@@ -33,7 +33,7 @@ from keras.src.models.functional import Functional
 
 from tf_adascale.distribute import updates, workers
 from tf_adascale.ops import _arguments, _keras
-from tf_adascale.optimizers import checks, delegate, overwrites, wrapper
+from tf_adascale.optimizers import checks, overwrites, wrapper
 from tf_adascale.training import executor, losses, microbatches
 
 
@@ -127,7 +127,7 @@ class Model(keras.Model):
         checks.check_strategy(self.distribute_strategy)
         _keras.check_version("optimizer", [optimizer])
         _keras.check_layers(self)
-        optimizer = delegate.with_scale_inside(keras.optimizers.get(optimizer))
+        optimizer = wrapper.with_scale_inside(keras.optimizers.get(optimizer))
         is_wrapper = isinstance(optimizer, wrapper.Wrapper)
         if microbatches > 1 and not is_wrapper:
             checks.check_has_no_wrapper(optimizer, wrapper.Wrapper)
