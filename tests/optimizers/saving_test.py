@@ -65,6 +65,11 @@ STATE = {
 }
 
 
+every = pytest.mark.parametrize(
+    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
+)
+
+
 def make(optimizer=None, *, microbatches=2, units=3, num_replicas=1):
     """Returns a model of fixed weights with a built optimizer."""
     with harness.strategy_of(num_replicas).scope():
@@ -286,9 +291,7 @@ class TestSavedConfig:
 
 
 @pytest.mark.parametrize("model_class", [keras.Model, Model])
-@pytest.mark.parametrize(
-    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
-)
+@every
 def test_a_model_of_float8_loads(wrap, model_class, tmp_path):
     """Loading makes its scales before the kernel, training after it."""
     model = harness.dense_model(model_class, hidden=[])
@@ -329,9 +332,7 @@ def test_a_schedule_in_the_place_of_a_number(
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize("model_class", [keras.Model, Model])
-@pytest.mark.parametrize(
-    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
-)
+@every
 def test_a_model_that_never_trained_loads(wrap, model_class, tmp_path):
     model = harness.dense_model(model_class)
     model.compile(wrap(keras.optimizers.Adam(schedule())), "mse")
@@ -344,9 +345,7 @@ def test_a_model_that_never_trained_loads(wrap, model_class, tmp_path):
     np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
 
 
-@pytest.mark.parametrize(
-    "wrap", harness.WRAPPERS.values(), ids=harness.WRAPPERS
-)
+@every
 @pytest.mark.parametrize("rate", [schedule, lambda: 0.1])
 def test_weights_of_the_same_before_it_is_built(rate, wrap, tmp_path):
     """Keras warns that it leaves the optimizer as it is."""

@@ -140,27 +140,6 @@ def check_context(
         )
 
 
-def refuse_to_set(wrapper: str, name: str, value: Any) -> None:
-    """Raises the ValueError for an attribute that is not followed later.
-
-    Args:
-        wrapper: str, the wrapper's class.
-        name: str, the attribute.
-        value: what it was to be.
-
-    Example:
-
-    >>> refuse_to_set("AdaScale", "estimator", "ratio")
-    Traceback (most recent call last):
-        ...
-    ValueError: `estimator` must be passed to the constructor of AdaScale, ...
-    """
-    raise ValueError(
-        f"`{name}` must be passed to the constructor of {wrapper}, which "
-        f"checks it and makes what it needs. Received: {name}={value!r}"
-    )
-
-
 def check_has_no_wrapper(optimizer: Any, wrapper: type) -> None:
     """Raises a ValueError if an optimizer has one of a class inside.
 

@@ -36,7 +36,7 @@ from tf_adascale.optimizers import (
     saved_state,
 )
 
-# What Keras's constructor sets on every optimizer, and its `build` ignores.
+# What Keras's constructor sets on every optimizer.
 _SETTINGS = (
     "weight_decay",
     "clipnorm",
@@ -254,7 +254,11 @@ class Delegate(keras.optimizers.Optimizer):
             self._is_scaled_outside = value is None or is_dynamic
             self._innermost.loss_scale_factor = value
         if name in self._FIXED and vars(self).get(name, value) != value:
-            checks.refuse_to_set(type(self).__name__, name, value)
+            raise ValueError(
+                f"`{name}` must be passed to the constructor of "
+                f"{type(self).__name__}, which checks it and makes what it "
+                f"needs. Received: {name}={value!r}"
+            )
         if self._is_of_inner(name):
             setattr(self._innermost, name, value)
         else:
@@ -364,8 +368,14 @@ class Delegate(keras.optimizers.Optimizer):
             ValueError: if it is the state of another wrapper or model.
         """
         keys = list(store.keys())  # Keras's stores have no iterator.
-        if not self.built or not keys:
-            super().load_own_variables({})
+        if not keys:
+            super().load_own_variables(store)
+        elif not self.built:
+            warnings.warn(
+                f"Skipping variable loading for optimizer '{self.name}', "
+                "because it is not built.",
+                stacklevel=2,
+            )
         elif not saved_state.is_of_wrapper(keys):
             warnings.warn(
                 f"The state of `{self.name}` is not loaded: the file has that "
