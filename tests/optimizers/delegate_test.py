@@ -275,6 +275,9 @@ class TestFollowsTheInnerOptimizer:
         assert optimizer.inner_optimizer.use_ema is optimizer.use_ema is True
         assert optimizer.inner_optimizer.clipnorm == optimizer.clipnorm == 0.5
         assert weight_after_steps(optimizer, steps=1) == [-0.5]
+        assert optimizer.use_ema is True  # Building leaves it so.
+        paths = [variable.path for variable in optimizer.variables]
+        assert sum(path.endswith("_average") for path in paths) == 1
 
     @every
     def test_weight_decay_made_on_the_wrapper(self, wrap):
